@@ -1,0 +1,41 @@
+// The CPU kernels: one table of functions per instruction set, each working on one chunk of one tensor.
+#pragma once
+
+#include <cstdint>
+
+#include "element.h"
+#include "plan.h"
+
+namespace sam_fused::cpu {
+
+// The sum of squares of one chunk. fp64 values are kept in three accumulators scaled by powers of two (after Blue, 1978, and
+// Anderson, 2017), because their squares leave fp64's range; every other storage type's squares are exact in `middle`.
+struct SumOfSquares {
+  double small = 0, middle = 0, big = 0;  // of x 2^600, x, x 2^-600
+};
+
+// What a chunk of a perturbation does. A zero coefficient copies.
+struct PerturbConstants {
+  double c;             // rho / (norm + perturb_eps) * inv_scale
+  bool move;            // false: nothing moves, the backup is still written
+  bool backup_exists;   // read the clean weight from the backup, do not write it
+  bool stream;          // non-temporal stores for what is written and not read
+};
+
+struct Kernels {
+  const char* name;
+  void (*sum_of_squares)(const TensorRow&, const Chunk&, double inv_scale, SumOfSquares*);
+  void (*perturb)(const TensorRow&, const Chunk&, const PerturbConstants&);
+  void (*restore)(const TensorRow&, const Chunk&, bool stream);
+  void (*sgd)(const TensorRow&, const Chunk&, const SgdConstants<double>&, bool stream);
+  void (*adam)(const TensorRow&, const Chunk&, const AdamConstants<double>&, bool stream);
+};
+
+const Kernels* default_kernels();
+const Kernels* avx2_kernels();    // null where this compiler or system has no such branch
+const Kernels* avx512_kernels();
+
+// The widest set this machine runs, or the one that SAM_FUSED_CPU_CAPABILITY (default, avx2, avx512) names if it can run it.
+const Kernels& kernels();
+
+}  // namespace sam_fused::cpu

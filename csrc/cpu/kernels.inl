@@ -1,0 +1,481 @@
+// Loops over one chunk. Included once per instruction set, inside a namespace of its own, under that set's target options.
+// The includer defines SAM_FUSED_ISA_NAME; nothing outside this file differs between the compilations.
+//
+// Values travel in blocks of kBlock elements: a role stored in the arithmetic's type is read and written in place, any other
+// is converted through a buffer in the first-level cache. So every mix of dtypes runs the same inner loops, and the compiler
+// vectorises those.
+
+constexpr int64_t kBlock = 512;
+
+// ---- conversions ----------------------------------------------------------------------------------------------------
+
+inline float from_bfloat16(uint16_t bits) {
+  const uint32_t wide = uint32_t(bits) << 16;
+  float value;
+  __builtin_memcpy(&value, &wide, 4);
+  return value;
+}
+
+inline uint16_t to_bfloat16(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // nearest, ties to even
+  const uint32_t nan = (bits >> 16) | 0x0040;                           // quiet, and never rounded up to infinity
+  return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded);
+}
+
+// Portable half precision. Left to right: sign, normal numbers and subnormals by exact float arithmetic.
+inline float from_float16_scalar(uint16_t half) {
+  const uint32_t sign = uint32_t(half & 0x8000) << 16;
+  const uint32_t magnitude = half & 0x7fff;
+  uint32_t bits;
+  if (magnitude >= 0x7c00) {
+    bits = 0x7f800000 | (magnitude & 0x3ff) << 13;
+    if (magnitude > 0x7c00) bits |= 0x00400000;
+  } else if (magnitude >= 0x0400) {
+    bits = (magnitude << 13) + (uint32_t(127 - 15) << 23);
+  } else {
+    const float subnormal = float(int32_t(magnitude)) * 0x1p-24f;
+    __builtin_memcpy(&bits, &subnormal, 4);
+  }
+  bits |= sign;
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint16_t to_float16_scalar(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000;
+  const uint32_t magnitude = bits & 0x7fffffff;
+  uint32_t half;
+  if (magnitude > 0x7f800000) {
+    half = 0x7e00 | ((magnitude >> 13) & 0x3ff);
+  } else if (magnitude >= 0x477ff000) {  // 65520 and above round to infinity
+    half = 0x7c00;
+  } else if (magnitude >= 0x38800000) {  // 2^-14, the smallest normal
+    const uint32_t rebased = magnitude - (uint32_t(127 - 15) << 23);
+    half = (rebased + 0xfff + ((rebased >> 13) & 1)) >> 13;
+  } else {
+    // Adding 2^-1 makes the float adder round at 2^-24, half's last subnormal bit.
+    float positive;
+    __builtin_memcpy(&positive, &magnitude, 4);
+    positive += 0.5f;
+    uint32_t sum;
+    __builtin_memcpy(&sum, &positive, 4);
+    half = sum - 0x3f000000;
+  }
+  return static_cast<uint16_t>(sign | half);
+}
+
+template <class T>
+void widen_float16(const uint16_t* from, T* to, int64_t n) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  if constexpr (sizeof(T) == 4) {
+    for (; i + 8 <= n; i += 8) {
+      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(halves));
+    }
+  }
+#endif
+  for (; i < n; ++i) to[i] = from_float16_scalar(from[i]);
+}
+
+template <class T>
+void narrow_float16(const T* from, uint16_t* to, int64_t n) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  if constexpr (sizeof(T) == 4) {
+    for (; i + 8 <= n; i += 8) {
+      const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), halves);
+    }
+  }
+#endif
+  for (; i < n; ++i) to[i] = to_float16_scalar(static_cast<float>(from[i]));
+}
+
+// ---- reading and writing a block --------------------------------------------------------------------------------------
+
+inline int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+inline char* at(const TensorRow& row, Role role, int64_t element) {
+  return static_cast<char*>(row.address[role]) + element * size_of(row.dtype(role));
+}
+
+template <class T>
+constexpr DType dtype_of() {
+  return sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+}
+
+// The block's values as T: the memory itself when it holds T, else the converted copy in `buffer`.
+template <class T>
+const T* load(const TensorRow& row, Role role, int64_t element, int64_t n, T* buffer) {
+  const char* from = at(row, role, element);
+  const DType dtype = row.dtype(role);
+  if (dtype == dtype_of<T>()) return reinterpret_cast<const T*>(from);
+  switch (dtype) {
+    case DType::kFloat32:
+      for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(reinterpret_cast<const float*>(from)[i]);
+      break;
+    case DType::kFloat64:
+      for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(reinterpret_cast<const double*>(from)[i]);
+      break;
+    case DType::kBFloat16:
+      for (int64_t i = 0; i < n; ++i) buffer[i] = from_bfloat16(reinterpret_cast<const uint16_t*>(from)[i]);
+      break;
+    case DType::kFloat16:
+      widen_float16(reinterpret_cast<const uint16_t*>(from), buffer, n);
+      break;
+  }
+  return buffer;
+}
+
+// Bytes written past the caches. The ragged ends, and machines without such stores, are copied.
+inline void stream_bytes(char* to, const char* from, int64_t bytes) {
+#if defined(__SSE2__)
+#if defined(__AVX512F__)
+  constexpr int64_t kWide = 64;
+#elif defined(__AVX__)
+  constexpr int64_t kWide = 32;
+#else
+  constexpr int64_t kWide = 16;
+#endif
+  const int64_t head = (kWide - static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % kWide)) % kWide;
+  if (head < bytes) {
+    __builtin_memcpy(to, from, head);
+    to += head, from += head, bytes -= head;
+    for (; bytes >= kWide; bytes -= kWide, to += kWide, from += kWide) {
+#if defined(__AVX512F__)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+#elif defined(__AVX__)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#else
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#endif
+    }
+  }
+#endif
+  __builtin_memcpy(to, from, bytes);
+}
+
+// Streamed stores are not ordered with the stores that announce the chunk as done; this orders them.
+inline void end_of_stream(bool stream) {
+#if defined(__SSE2__)
+  if (stream) _mm_sfence();
+#else
+  (void)stream;
+#endif
+}
+
+inline void write_bytes(char* to, const char* from, int64_t bytes, bool stream) {
+  if (stream) stream_bytes(to, from, bytes);
+  else __builtin_memcpy(to, from, bytes);
+}
+
+// Where to compute a block of results: the memory itself, or `buffer` when it must be converted or streamed.
+template <class T>
+T* target(const TensorRow& row, Role role, int64_t element, T* buffer, bool stream) {
+  return row.dtype(role) == dtype_of<T>() && !stream ? reinterpret_cast<T*>(at(row, role, element)) : buffer;
+}
+
+template <class T>
+void store(const TensorRow& row, Role role, int64_t element, int64_t n, const T* values, bool stream) {
+  char* to = at(row, role, element);
+  const DType dtype = row.dtype(role);
+  if (reinterpret_cast<const char*>(values) == to) return;
+  if (dtype == dtype_of<T>()) return write_bytes(to, reinterpret_cast<const char*>(values), n * sizeof(T), stream);
+  alignas(64) char narrow[kBlock * 8];
+  switch (dtype) {
+    case DType::kFloat32:
+      for (int64_t i = 0; i < n; ++i) reinterpret_cast<float*>(narrow)[i] = static_cast<float>(values[i]);
+      break;
+    case DType::kFloat64:
+      for (int64_t i = 0; i < n; ++i) reinterpret_cast<double*>(narrow)[i] = static_cast<double>(values[i]);
+      break;
+    case DType::kBFloat16:
+      for (int64_t i = 0; i < n; ++i) reinterpret_cast<uint16_t*>(narrow)[i] = to_bfloat16(static_cast<float>(values[i]));
+      break;
+    case DType::kFloat16:
+      narrow_float16(values, reinterpret_cast<uint16_t*>(narrow), n);
+      break;
+  }
+  write_bytes(to, narrow, n * size_of(dtype), stream);
+}
+
+template <class F>
+void for_each_block(const Chunk& chunk, F f) {
+  const int64_t end = chunk.begin + chunk.count;
+  for (int64_t element = chunk.begin; element < end; element += kBlock) {
+    f(element, end - element < kBlock ? end - element : kBlock);
+  }
+}
+
+// fp64 weights are computed in fp64, everything else in fp32: f gets a value of the type.
+template <class F>
+void with_arithmetic_type(const TensorRow& row, F f) {
+  if (row.dtype(kWeight) == DType::kFloat64) f(double{});
+  else f(float{});
+}
+
+// ---- the sum of squares -----------------------------------------------------------------------------------------------
+
+// A fixed number of lanes, added in a fixed tree: the same bits from every instruction set.
+constexpr int64_t kLanes = 32;
+
+inline double sum_of_lanes(const double* lanes) {
+  double sums[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) sums[i] = lanes[i];
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t i = 0; i < width; ++i) sums[i] += sums[i + width];
+  }
+  return sums[0];
+}
+
+// Adds the squares of n values. The product of two fp32 values is exact in fp64, so x * x needs no fma and rounds only when
+// it is added.
+struct ExactSquares {
+  double middle[kLanes] = {};
+
+  template <class ValueAt>
+  void add(int64_t n, ValueAt value_at) {
+    double sums[kLanes];
+    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] = middle[lane];
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const double x = value_at(i + lane);
+        sums[lane] += x * x;
+      }
+    }
+    for (int64_t lane = 0; i < n; ++i, ++lane) sums[lane] += value_at(i) * value_at(i);
+    for (int64_t lane = 0; lane < kLanes; ++lane) middle[lane] = sums[lane];
+  }
+
+  SumOfSquares total() const { return {0, sum_of_lanes(middle), 0}; }
+};
+
+// Squares of fp64 values may overflow or vanish: values beyond 2^+-400 go to accumulators scaled by 2^-+600.
+struct ScaledSquares {
+  double small[kLanes] = {}, middle[kLanes] = {}, big[kLanes] = {};
+
+  template <class ValueAt>
+  void add(int64_t n, ValueAt value_at) {
+    for (int64_t i = 0; i < n; ++i) {
+      const double x = value_at(i);
+      const double size = __builtin_fabs(x);
+      const int64_t lane = i % kLanes;
+      if (size > 0x1p400) big[lane] += (x * 0x1p-600) * (x * 0x1p-600);
+      else if (size < 0x1p-400) small[lane] += (x * 0x1p600) * (x * 0x1p600);
+      else middle[lane] += x * x;  // NaN too
+    }
+  }
+
+  SumOfSquares total() const { return {sum_of_lanes(small), sum_of_lanes(middle), sum_of_lanes(big)}; }
+};
+
+template <class T, class Accumulator>
+SumOfSquares chunk_sum_of_squares(const TensorRow& row, const Chunk& chunk, double inv_scale) {
+  Accumulator accumulator;
+  const bool adaptive = static_cast<Scaling>(row.scaling) == Scaling::kAbsWeight;
+  for_each_block(chunk, [&](int64_t element, int64_t n) {
+    alignas(64) T g_buffer[kBlock], w_buffer[kBlock];
+    const T* g = load(row, kGrad, element, n, g_buffer);
+    if (inv_scale != 1.0) {
+      // Scaling before squaring: what overflows unscaled need not overflow scaled, and the other way round.
+      for (int64_t i = 0; i < n; ++i) g_buffer[i] = g[i] * static_cast<T>(inv_scale);
+      g = g_buffer;
+    }
+    if (adaptive) {
+      const T* w = load(row, kWeight, element, n, w_buffer);
+      accumulator.add(n, [w, g](int64_t i) { return static_cast<double>(w[i]) * static_cast<double>(g[i]); });
+    } else {
+      accumulator.add(n, [g](int64_t i) { return static_cast<double>(g[i]); });
+    }
+  });
+  return accumulator.total();
+}
+
+void sum_of_squares(const TensorRow& row, const Chunk& chunk, double inv_scale, SumOfSquares* slot) {
+  *slot = row.dtype(kGrad) == DType::kFloat64 ? chunk_sum_of_squares<double, ScaledSquares>(row, chunk, inv_scale)
+                                              : chunk_sum_of_squares<float, ExactSquares>(row, chunk, inv_scale);
+}
+
+// ---- perturb and restore ----------------------------------------------------------------------------------------------
+
+void restore(const TensorRow& row, const Chunk& chunk, bool stream) {
+  if (row.address[kWeight] == row.address[kBackup]) return;
+  const int64_t size = size_of(row.dtype(kWeight));
+  write_bytes(at(row, kWeight, chunk.begin), at(row, kBackup, chunk.begin), chunk.count * size, stream);
+  end_of_stream(stream);
+}
+
+// The inner loops take their constants by value: one that a store might change could not stay in a register.
+template <class T>
+void perturb_loop(const T* w, const T* g, T* out, int64_t n, T c, bool adaptive) {
+  if (adaptive) {
+    SAM_FUSED_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) out[i] = perturbed_adaptive(w[i], g[i], c);
+  } else {
+    SAM_FUSED_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) out[i] = perturbed(w[i], g[i], c);
+  }
+}
+
+template <class T>
+void perturb_chunk(const TensorRow& row, const Chunk& chunk, const PerturbConstants& k) {
+  const bool adaptive = static_cast<Scaling>(row.scaling) == Scaling::kAbsWeight;
+  const Role clean = k.backup_exists ? kBackup : kWeight;
+  const int64_t size = size_of(row.dtype(kWeight));
+  for_each_block(chunk, [&](int64_t element, int64_t n) {
+    alignas(64) T g_buffer[kBlock], w_buffer[kBlock], result[kBlock];
+    if (!k.backup_exists) write_bytes(at(row, kBackup, element), at(row, kWeight, element), n * size, k.stream);
+    const T* g = load(row, kGrad, element, n, g_buffer);
+    const T* w = load(row, clean, element, n, w_buffer);
+    // With the backup as the source the weight is written and not read, so it may be streamed.
+    const bool stream_weight = k.stream && k.backup_exists;
+    T* out = target(row, kWeight, element, result, stream_weight);
+    perturb_loop(w, g, out, n, static_cast<T>(k.c), adaptive);
+    store(row, kWeight, element, n, out, stream_weight);
+  });
+  end_of_stream(k.stream);
+}
+
+void perturb(const TensorRow& row, const Chunk& chunk, const PerturbConstants& k) {
+  if (!k.move) {  // a copy, not a product with zero: fma(0, inf, w) is NaN
+    if (k.backup_exists) return restore(row, chunk, k.stream);
+    const int64_t size = size_of(row.dtype(kWeight));
+    write_bytes(at(row, kBackup, chunk.begin), at(row, kWeight, chunk.begin), chunk.count * size, k.stream);
+    return end_of_stream(k.stream);
+  }
+  with_arithmetic_type(row, [&](auto zero) { perturb_chunk<decltype(zero)>(row, chunk, k); });
+}
+
+// ---- the last pass: restore and base optimizer in one -------------------------------------------------------------------
+
+template <class T, class F>
+GradScale<T> rounded(const GradScale<F>& s) {
+  return {static_cast<T>(s.factor), s.active};
+}
+
+template <class T>
+void sgd_loop_without_momentum(SgdConstants<T> k, const T* w, const T* g, T* out, int64_t n) {
+  SAM_FUSED_INDEPENDENT
+  for (int64_t i = 0; i < n; ++i) {
+    const T d = sgd_direction(k, w[i], g[i]);
+    out[i] = sgd_weight(k, w[i], d, d);
+  }
+}
+
+template <class T>
+void sgd_loop_first(SgdConstants<T> k, const T* w, const T* g, T* v_out, T* out, int64_t n) {
+  SAM_FUSED_INDEPENDENT
+  for (int64_t i = 0; i < n; ++i) {
+    const T d = sgd_direction(k, w[i], g[i]);
+    v_out[i] = d;
+    out[i] = sgd_weight(k, w[i], d, d);
+  }
+}
+
+template <class T>
+void sgd_loop(SgdConstants<T> k, const T* w, const T* g, const T* v, T* v_out, T* out, int64_t n) {
+  SAM_FUSED_INDEPENDENT
+  for (int64_t i = 0; i < n; ++i) {
+    const T d = sgd_direction(k, w[i], g[i]);
+    const T v_new = sgd_momentum(k, d, v[i]);
+    v_out[i] = v_new;
+    out[i] = sgd_weight(k, w[i], d, v_new);
+  }
+}
+
+template <class T>
+void sgd_chunk(const TensorRow& row, const Chunk& chunk, const SgdConstants<double>& wide, bool stream) {
+  const SgdConstants<T> k{
+      static_cast<T>(wide.negative_lr),  static_cast<T>(wide.momentum), static_cast<T>(wide.one_minus_dampening),
+      static_cast<T>(wide.weight_decay), rounded<T>(wide.grad_scale),   wide.has_momentum,
+      wide.has_weight_decay,             wide.nesterov};
+  for_each_block(chunk, [&](int64_t element, int64_t n) {
+    alignas(64) T g_buffer[kBlock], w_buffer[kBlock], v_buffer[kBlock], result[kBlock];
+    const T* w = load(row, kBackup, element, n, w_buffer);
+    const T* g = load(row, kGrad, element, n, g_buffer);
+    T* out = target(row, kWeight, element, result, stream);
+    if (!k.has_momentum) {
+      sgd_loop_without_momentum(k, w, g, out, n);
+    } else {
+      T* v_out = target(row, kState0, element, v_buffer, false);
+      if (row.first) sgd_loop_first(k, w, g, v_out, out, n);
+      else sgd_loop(k, w, g, load(row, kState0, element, n, v_buffer), v_out, out, n);
+      store(row, kState0, element, n, v_out, false);
+    }
+    store(row, kWeight, element, n, out, stream);
+  });
+  end_of_stream(stream);
+}
+
+void sgd(const TensorRow& row, const Chunk& chunk, const SgdConstants<double>& k, bool stream) {
+  with_arithmetic_type(row, [&](auto zero) { sgd_chunk<decltype(zero)>(row, chunk, k, stream); });
+}
+
+template <class T>
+struct AdamBlock {
+  const T *w, *g, *m, *v, *v_max;
+  T *w_out, *m_out, *v_out, *v_max_out;
+};
+
+template <class T, bool kAmsgrad>
+void adam_loop(AdamConstants<T> k, AdamBlock<T> b, int64_t n) {
+  k.amsgrad = kAmsgrad;
+  SAM_FUSED_INDEPENDENT
+  for (int64_t i = 0; i < n; ++i) {
+    const AdamState<T> s = adam(k, AdamState<T>{b.w[i], b.m[i], b.v[i], kAmsgrad ? b.v_max[i] : T{0}}, b.g[i]);
+    b.w_out[i] = s.w;
+    b.m_out[i] = s.exp_avg;
+    b.v_out[i] = s.exp_avg_sq;
+    if constexpr (kAmsgrad) b.v_max_out[i] = s.max_exp_avg_sq;
+  }
+}
+
+template <class T, bool kAmsgrad>
+void adam_chunk(const TensorRow& row, const Chunk& chunk, const AdamConstants<double>& wide, bool stream) {
+  const AdamConstants<T> k{static_cast<T>(wide.one_minus_beta1),    static_cast<T>(wide.beta2),
+                           static_cast<T>(wide.one_minus_beta2),    static_cast<T>(wide.eps),
+                           static_cast<T>(wide.weight_decay),       static_cast<T>(wide.decay_factor),
+                           static_cast<T>(wide.negative_step_size), static_cast<T>(wide.bias2_sqrt),
+                           rounded<T>(wide.grad_scale),             wide.has_weight_decay,
+                           wide.decoupled,                          kAmsgrad};
+  for_each_block(chunk, [&](int64_t element, int64_t n) {
+    alignas(64) T g_buffer[kBlock], w_buffer[kBlock], result[kBlock];
+    alignas(64) T m_buffer[kBlock], v_buffer[kBlock], max_buffer[kBlock];
+    AdamBlock<T> b{};
+    b.w = load(row, kBackup, element, n, w_buffer);
+    b.g = load(row, kGrad, element, n, g_buffer);
+    b.m = load(row, kState0, element, n, m_buffer);
+    b.v = load(row, kState1, element, n, v_buffer);
+    b.w_out = target(row, kWeight, element, result, stream);
+    b.m_out = target(row, kState0, element, m_buffer, false);
+    b.v_out = target(row, kState1, element, v_buffer, false);
+    if constexpr (kAmsgrad) {
+      b.v_max = load(row, kState2, element, n, max_buffer);
+      b.v_max_out = target(row, kState2, element, max_buffer, false);
+    }
+    adam_loop<T, kAmsgrad>(k, b, n);
+    if constexpr (kAmsgrad) store(row, kState2, element, n, b.v_max_out, false);
+    store(row, kState0, element, n, b.m_out, false);
+    store(row, kState1, element, n, b.v_out, false);
+    store(row, kWeight, element, n, b.w_out, stream);
+  });
+  end_of_stream(stream);
+}
+
+void adam_step(const TensorRow& row, const Chunk& chunk, const AdamConstants<double>& k, bool stream) {
+  with_arithmetic_type(row, [&](auto zero) {
+    if (k.amsgrad) adam_chunk<decltype(zero), true>(row, chunk, k, stream);
+    else adam_chunk<decltype(zero), false>(row, chunk, k, stream);
+  });
+}
+
+constexpr Kernels kTable{SAM_FUSED_ISA_NAME, sum_of_squares, perturb, restore, sgd, adam_step};

@@ -1,0 +1,189 @@
+#include "cpu/launch.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <cmath>
+#include <vector>
+
+#if defined(__linux__)
+#include <unistd.h>
+#endif
+
+#include "cpu/kernels.h"
+
+namespace sam_fused::cpu {
+namespace {
+
+// Below this the region's start costs more than it saves.
+constexpr int64_t kSerialElements = 256 * 1024;
+
+// More pieces than threads, so a thread that another process holds up is overtaken instead of waited for.
+constexpr int64_t kPiecesPerThread = 8;
+
+int64_t last_level_cache_bytes() {
+  static const int64_t bytes = [] {
+    int64_t found = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    if (found <= 0) found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return found > 0 ? found : int64_t{32} << 20;
+  }();
+  return bytes;
+}
+
+Plan plan_of(Rows rows) {
+  return Plan(rows.count, [rows](int64_t t) { return rows.data[t].numel; });
+}
+
+// Non-temporal stores pay when what is written will have left the cache before anybody reads it.
+bool worth_streaming(const Plan& plan, int64_t accesses) {
+  return plan.elements() * accesses * int64_t{4} > last_level_cache_bytes();
+}
+
+enum class Order { kForward, kReversed };
+
+// f(chunk number, Chunk) for every chunk, each exactly once, on torch's threads.
+template <class F>
+void for_each_chunk(const Plan& plan, Order order, const F& f) {
+  const auto run = [&](int64_t begin, int64_t end) {
+    if (order == Order::kForward) plan.for_each(begin, end, f);
+    else plan.for_each_reversed(begin, end, f);
+  };
+  const int64_t threads = torch::stable::get_num_threads();
+  if (threads <= 1 || plan.elements() < kSerialElements) return run(0, plan.chunks());
+
+  const int64_t pieces = threads * kPiecesPerThread;
+  const std::vector<int64_t> bounds = plan.split(pieces);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t taken = next.fetch_add(1); taken < pieces; taken = next.fetch_add(1)) {
+      const int64_t piece = order == Order::kForward ? taken : pieces - 1 - taken;
+      run(bounds[piece], bounds[piece + 1]);
+    }
+  });
+}
+
+double norm_of(const SumOfSquares& total) {
+  // The accumulators' scales are 2^600, 1 and 2^-600; a smaller one matters only where the next larger is empty or close.
+  if (total.big != 0) return std::sqrt(total.big + total.middle * 0x1p-600 * 0x1p-600) * 0x1p600;
+  if (total.middle != 0) return std::sqrt(total.middle + total.small * 0x1p-600 * 0x1p-600);
+  return std::sqrt(total.small) * 0x1p-600;
+}
+
+GradScale<double> grad_scale_of(const GradPolicy& policy, bool maximize) {
+  return {maximize ? -policy.factor : policy.factor, policy.has_factor || maximize};
+}
+
+}  // namespace
+
+double grad_norm(Rows rows, double inv_scale) {
+  const Plan plan = plan_of(rows);
+  std::vector<SumOfSquares> slots(plan.chunks());
+  const Kernels& kernel = kernels();
+  for_each_chunk(plan, Order::kForward, [&](int64_t c, const Chunk& chunk) {
+    kernel.sum_of_squares(rows.data[chunk.tensor], chunk, inv_scale, &slots[c]);
+  });
+  SumOfSquares total;
+  for (const SumOfSquares& slot : slots) {
+    total.small += slot.small;
+    total.middle += slot.middle;
+    total.big += slot.big;
+  }
+  return norm_of(total);
+}
+
+void perturb(Rows rows, double norm, const double* hyper, double inv_scale, bool backup_exists) {
+  const Plan plan = plan_of(rows);
+  const Kernels& kernel = kernels();
+  const bool stream = worth_streaming(plan, 4);
+  std::vector<PerturbConstants> constants(rows.count);
+  for (int64_t t = 0; t < rows.count; ++t) {
+    const double* h = hyper + rows.data[t].group * kPerturbColumns;
+    const double ratio = h[kRho] / (norm + h[kPerturbEps]);
+    const double c = rows.data[t].dtype(kWeight) == DType::kFloat64 ? ratio * inv_scale : double(float(ratio * inv_scale));
+    constants[t] = {c, std::isfinite(norm) && norm != 0 && c != 0 && std::isfinite(c), backup_exists, stream};
+  }
+  // Backwards: the norm went forwards over the same gradients, so their end is still in the cache.
+  for_each_chunk(plan, Order::kReversed, [&](int64_t, const Chunk& chunk) {
+    kernel.perturb(rows.data[chunk.tensor], chunk, constants[chunk.tensor]);
+  });
+}
+
+void restore(Rows rows) {
+  const Plan plan = plan_of(rows);
+  const Kernels& kernel = kernels();
+  const bool stream = worth_streaming(plan, 2);
+  for_each_chunk(plan, Order::kForward,
+                 [&](int64_t, const Chunk& chunk) { kernel.restore(rows.data[chunk.tensor], chunk, stream); });
+}
+
+void restore_sgd(Rows rows, const double* hyper, const GradPolicy& policy) {
+  if (policy.found_inf) return restore(rows);
+  const Plan plan = plan_of(rows);
+  const Kernels& kernel = kernels();
+  const bool stream = worth_streaming(plan, 5);
+  std::vector<SgdConstants<double>> constants(rows.count);
+  for (int64_t t = 0; t < rows.count; ++t) {
+    const double* h = hyper + rows.data[t].group * kSgdColumns;
+    constants[t] = {-h[kSgdLr],
+                    h[kMomentum],
+                    1 - h[kDampening],
+                    h[kSgdWeightDecay],
+                    grad_scale_of(policy, h[kSgdMaximize] != 0),
+                    h[kMomentum] != 0,
+                    h[kSgdWeightDecay] != 0,
+                    h[kNesterov] != 0};
+  }
+  for_each_chunk(plan, Order::kForward, [&](int64_t, const Chunk& chunk) {
+    const TensorRow& row = rows.data[chunk.tensor];
+    // Where the weight is its own backup it is read, so it is already in the cache.
+    const bool stream_weight = stream && row.address[kWeight] != row.address[kBackup];
+    kernel.sgd(row, chunk, constants[chunk.tensor], stream_weight);
+  });
+}
+
+void restore_adamw(Rows rows, const double* hyper, const GradPolicy& policy) {
+  if (policy.found_inf) return restore(rows);
+  const Plan plan = plan_of(rows);
+  const Kernels& kernel = kernels();
+  const bool stream = worth_streaming(plan, 7);
+  std::vector<AdamConstants<double>> constants(rows.count);
+  double previous_step = -1;
+  for (int64_t t = 0; t < rows.count; ++t) {
+    TensorRow& row = rows.data[t];
+    const bool wide_step = row.dtype(kStep) == DType::kFloat64;
+    const double step = 1 + (wide_step ? *static_cast<double*>(row.address[kStep]) : *static_cast<float*>(row.address[kStep]));
+    if (wide_step) *static_cast<double*>(row.address[kStep]) = step;
+    else *static_cast<float*>(row.address[kStep]) = static_cast<float>(step);
+    // Two powers a tensor would be most of a small model's step; nearly always the previous tensor's serve.
+    if (t > 0 && step == previous_step && row.group == rows.data[t - 1].group) {
+      constants[t] = constants[t - 1];
+      continue;
+    }
+    previous_step = step;
+    const double* h = hyper + row.group * kAdamColumns;
+    const double bias1 = 1 - std::pow(h[kBeta1], step);
+    const double bias2 = 1 - std::pow(h[kBeta2], step);
+    constants[t] = {1 - h[kBeta1],
+                    h[kBeta2],
+                    1 - h[kBeta2],
+                    h[kAdamEps],
+                    h[kAdamWeightDecay],
+                    1 - h[kAdamLr] * h[kAdamWeightDecay],
+                    -h[kAdamLr] / bias1,
+                    std::sqrt(bias2),
+                    grad_scale_of(policy, h[kAdamMaximize] != 0),
+                    h[kAdamWeightDecay] != 0,
+                    h[kDecoupled] != 0,
+                    h[kAmsgrad] != 0};
+  }
+  for_each_chunk(plan, Order::kForward, [&](int64_t, const Chunk& chunk) {
+    const TensorRow& row = rows.data[chunk.tensor];
+    const bool stream_weight = stream && row.address[kWeight] != row.address[kBackup];
+    kernel.adam(row, chunk, constants[chunk.tensor], stream_weight);
+  });
+}
+
+}  // namespace sam_fused::cpu

@@ -1,0 +1,33 @@
+// The operations on the CPU: plan, parallel region, kernels. The only CPU code that opens a parallel region.
+#pragma once
+
+#include <cstdint>
+
+#include "plan.h"
+
+namespace sam_fused::cpu {
+
+struct Rows {
+  TensorRow* data;
+  int64_t count;
+};
+
+// Columns of the fp64 hyper-parameter tables, one row per parameter group. ops/schema.py names them in the same order.
+enum PerturbColumn { kRho, kPerturbEps, kPerturbColumns };
+enum SgdColumn { kSgdLr, kMomentum, kDampening, kSgdWeightDecay, kNesterov, kSgdMaximize, kSgdColumns };
+enum AdamColumn { kAdamLr, kBeta1, kBeta2, kAdamEps, kAdamWeightDecay, kDecoupled, kAmsgrad, kAdamMaximize, kAdamColumns };
+
+// What the base optimizer's gradient is multiplied with, and whether the step is skipped.
+struct GradPolicy {
+  double factor = 1;
+  bool has_factor = false;
+  bool found_inf = false;
+};
+
+double grad_norm(Rows rows, double inv_scale);
+void perturb(Rows rows, double norm, const double* hyper, double inv_scale, bool backup_exists);
+void restore(Rows rows);
+void restore_sgd(Rows rows, const double* hyper, const GradPolicy& policy);
+void restore_adamw(Rows rows, const double* hyper, const GradPolicy& policy);
+
+}  // namespace sam_fused::cpu

@@ -1,0 +1,101 @@
+// The arithmetic of one element, on registers: no loads, no stores, no dtype conversions. One file for g++ and nvcc.
+//
+// T is the arithmetic's type: float, or double for fp64 storage. Every multiply-add that is one rounding is written fma();
+// contraction is off in every compiler, so these lines are the one definition of the bits. Constants come in as T, rounded
+// once from fp64 by the caller.
+#pragma once
+
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define SAM_FUSED_HD __host__ __device__ __forceinline__
+#else
+#define SAM_FUSED_HD inline __attribute__((always_inline))
+#endif
+
+namespace sam_fused {
+
+SAM_FUSED_HD float fused_multiply_add(float a, float b, float c) { return ::fmaf(a, b, c); }
+SAM_FUSED_HD double fused_multiply_add(double a, double b, double c) { return ::fma(a, b, c); }
+SAM_FUSED_HD float square_root(float x) { return ::sqrtf(x); }
+SAM_FUSED_HD double square_root(double x) { return ::sqrt(x); }
+
+// w + c g; with T = |w|: w + c w (w g). w (w g) and not (w w) g, so that the norm's w g is the same product.
+template <class T>
+SAM_FUSED_HD T perturbed(T w, T g, T c) {
+  return fused_multiply_add(c, g, w);
+}
+template <class T>
+SAM_FUSED_HD T perturbed_adaptive(T w, T g, T c) {
+  return fused_multiply_add(c, w * (w * g), w);
+}
+
+// What happens to a gradient before the base optimizer sees it.
+template <class T>
+struct GradScale {
+  T factor;     // inv_scale times the clip factor, and -1 when maximizing
+  bool active;  // false: the gradient is copied, not multiplied (0 * inf would be NaN)
+};
+template <class T>
+SAM_FUSED_HD T scaled(T g, GradScale<T> s) {
+  return s.active ? g * s.factor : g;
+}
+
+// SGD [torch.optim.SGD]: d = g + wd w; v = mom v + (1 - damp) d, or v = d when the buffer is created; w -= lr (d + mom v | v).
+template <class T>
+struct SgdConstants {
+  T negative_lr, momentum, one_minus_dampening, weight_decay;
+  GradScale<T> grad_scale;
+  bool has_momentum, has_weight_decay, nesterov;
+};
+
+template <class T>
+SAM_FUSED_HD T sgd_direction(const SgdConstants<T>& k, T w, T g) {
+  g = scaled(g, k.grad_scale);
+  return k.has_weight_decay ? fused_multiply_add(k.weight_decay, w, g) : g;
+}
+template <class T>
+SAM_FUSED_HD T sgd_momentum(const SgdConstants<T>& k, T d, T v) {
+  return fused_multiply_add(k.one_minus_dampening, d, k.momentum * v);
+}
+template <class T>
+SAM_FUSED_HD T sgd_weight(const SgdConstants<T>& k, T w, T d, T v) {
+  const T update = !k.has_momentum ? d : k.nesterov ? fused_multiply_add(k.momentum, v, d) : v;
+  return fused_multiply_add(k.negative_lr, update, w);
+}
+
+// Adam and AdamW [torch.optim.Adam, 1412.6980, 1711.05101], in the order of torch's single-tensor form. step_size is
+// lr / (1 - beta1^t) and bias2_sqrt is sqrt(1 - beta2^t), both computed in fp64 and rounded once.
+template <class T>
+struct AdamConstants {
+  T one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, negative_step_size, bias2_sqrt;
+  GradScale<T> grad_scale;
+  bool has_weight_decay, decoupled, amsgrad;
+};
+
+template <class T>
+struct AdamState {
+  T w, exp_avg, exp_avg_sq, max_exp_avg_sq;
+};
+
+template <class T>
+SAM_FUSED_HD AdamState<T> adam(const AdamConstants<T>& k, AdamState<T> s, T g) {
+  g = scaled(g, k.grad_scale);
+  if (k.has_weight_decay) {
+    if (k.decoupled) s.w = s.w * k.decay_factor;
+    else g = fused_multiply_add(k.weight_decay, s.w, g);
+  }
+  s.exp_avg = fused_multiply_add(k.one_minus_beta1, g - s.exp_avg, s.exp_avg);
+  s.exp_avg_sq = fused_multiply_add(k.one_minus_beta2 * g, g, k.beta2 * s.exp_avg_sq);
+  T second = s.exp_avg_sq;
+  if (k.amsgrad) {
+    // Written so that a NaN on either side stays a NaN, as torch.maximum does.
+    s.max_exp_avg_sq = second > s.max_exp_avg_sq || second != second ? second : s.max_exp_avg_sq;
+    second = s.max_exp_avg_sq;
+  }
+  const T denominator = square_root(second) / k.bias2_sqrt + k.eps;
+  s.w = s.w + k.negative_step_size * s.exp_avg / denominator;
+  return s;
+}
+
+}  // namespace sam_fused

@@ -1,0 +1,114 @@
+"""Bad input becomes one sentence, raised in Python before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .dtypes import SUPPORTED, SUPPORTED_NAMES
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor's elements fill one block of memory, each place once, in whatever order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.size(), strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def same_layout(first: Tensor, second: Tensor) -> bool:
+    """Whether both are dense and element i of one block of memory is element i of the other's.
+
+    The stride of a dimension of size 1 means nothing and is ignored.
+    """
+    if first.size() != second.size():
+        return False
+    if first.is_contiguous() and second.is_contiguous():
+        return True
+    differ = any(a != b for a, b, n in zip(first.stride(), second.stride(), first.size(), strict=True) if n != 1)
+    return not differ and is_dense(first)
+
+
+def check_tensor(tensor: object, name: str) -> None:
+    """Refuses what the kernels cannot read: anything but a dense-layout tensor of a supported dtype."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}: pass the parameter's tensor.")
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            f"{name}: expected a strided tensor, got layout {tensor.layout}: use a dense gradient "
+            "(for example nn.Embedding(sparse=False)) or exclude this parameter from SAM."
+        )
+    if tensor.is_quantized or tensor.dtype not in SUPPORTED:
+        raise TypeError(
+            f"{name}: expected {SUPPORTED_NAMES}, got {tensor.dtype}: convert it, or keep this parameter out of the optimizer."
+        )
+
+
+# Lists whose entry may be an empty tensor where that parameter's group has no use for one.
+_MAY_HAVE_EMPTY_ENTRIES = ("momentum_buffers", "max_exp_avg_sqs")
+
+
+def check_lists(reference: Sequence[Tensor], **others: Sequence[Tensor]) -> None:
+    """Every list as long as ``reference``, every tensor on its device and as large as its parameter."""
+    for index, tensor in enumerate(reference):
+        check_tensor(tensor, f"params[{index}]")
+        if tensor.device != reference[0].device:
+            raise ValueError(
+                f"params[{index}]: expected device {reference[0].device} as params[0], got {tensor.device}: "
+                "make one call per device."
+            )
+    for name, tensors in others.items():
+        if len(tensors) != len(reference):
+            raise ValueError(
+                f"{name}: expected {len(reference)} tensors as there are params, got {len(tensors)}: pass one for each."
+            )
+        for index, (tensor, param) in enumerate(zip(tensors, reference, strict=True)):
+            check_tensor(tensor, f"{name}[{index}]")
+            if tensor.device != param.device:
+                raise ValueError(
+                    f"{name}[{index}]: expected device {param.device} as its parameter, got {tensor.device}: "
+                    "move it to the parameter's device."
+                )
+            unused = name in _MAY_HAVE_EMPTY_ENTRIES and tensor.numel() == 0
+            if tensor.size() != param.size() and not unused:
+                raise ValueError(
+                    f"{name}[{index}]: expected shape {tuple(param.size())} as its parameter, got {tuple(tensor.size())}: "
+                    "pass the tensor that belongs to this parameter."
+                )
+
+
+def check_hyper(hyper: Tensor, columns: tuple[str, ...], groups: Sequence[int], count: int) -> None:
+    """A contiguous float64 table with these columns, and for each tensor a row that exists."""
+    if hyper.dtype != torch.float64 or hyper.dim() != 2 or hyper.size(1) != len(columns) or not hyper.is_contiguous():
+        raise ValueError(
+            f"hyper: expected a contiguous float64 table [groups, {len(columns)}] of {', '.join(columns)}, "
+            f"got {hyper.dtype} {tuple(hyper.size())}: build it with torch.tensor([[...]], dtype=torch.float64)."
+        )
+    if groups and (len(groups) != count or min(groups) < 0 or max(groups) >= hyper.size(0)):
+        raise ValueError(
+            f"groups: expected {count} row numbers below {hyper.size(0)}, got {list(groups)[:8]}: "
+            "give each tensor its parameter group's row."
+        )
+    if not groups and count and hyper.size(0) < 1:
+        raise ValueError("hyper: expected at least one row, got none: pass one row per parameter group.")
+
+
+def check_ints(values: Sequence[int], name: str, count: int, allowed: tuple[int, ...]) -> None:
+    if values and (len(values) != count or any(value not in allowed for value in values)):
+        raise ValueError(
+            f"{name}: expected {count} numbers out of {allowed}, or none, got {list(values)[:8]}: pass one per tensor."
+        )
+
+
+def check_scalar(scalar: Tensor | None, name: str) -> None:
+    if scalar is None:
+        return
+    if not isinstance(scalar, Tensor) or scalar.numel() != 1 or scalar.dtype not in (torch.float32, torch.float64):
+        got = f"{scalar.dtype} {tuple(scalar.size())}" if isinstance(scalar, Tensor) else type(scalar).__name__
+        raise TypeError(f"{name}: expected a float32 or float64 tensor of one element, got {got}: use torch.tensor(value).")

@@ -1,0 +1,292 @@
+"""torch's multi-tensor calls: what runs on any device, without a compiler.
+
+The lists are walked a few times instead of once, in their storage dtype's arithmetic as torch defines it, so a half-precision
+value may differ from the native backend's by one unit in the last place. Nothing here waits for an accelerator: on the CPU,
+where reading a scalar costs nothing, factors are Python numbers and the perturbation is in place; elsewhere they stay tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import isfinite, sqrt
+
+import torch
+from torch import Tensor
+
+from . import schema
+from .checks import same_layout
+
+# Between these a sum of squares in fp32 cannot have overflowed, and what vanished cannot have mattered.
+_SAFE_NORM = (1e-15, 1e15)
+
+_FUSED_DEVICES = ("cpu", "cuda", "mps")
+
+# Not the half types: torch 2.13's fused SGD on the CPU fills a half-precision momentum buffer with garbage.
+_FUSED_DTYPES = (torch.float32, torch.float64)
+
+
+def _refuse_accumulators(accumulators: Sequence[Tensor], weight: Tensor | None) -> None:
+    if accumulators or weight is not None:
+        raise NotImplementedError("sam_fused: expected no accumulators (not implemented yet), got some: leave them out.")
+
+
+def _by_group(count: int, *keys: Sequence[int]) -> Iterator[tuple[tuple[int, ...], list[int]]]:
+    """Indices that share the same keys; an empty key list counts as all zero."""
+    if not any(keys):
+        yield (0,) * len(keys), list(range(count))
+        return
+    found: dict[tuple[int, ...], list[int]] = {}
+    for index in range(count):
+        found.setdefault(tuple(key[index] if key else 0 for key in keys), []).append(index)
+    yield from found.items()
+
+
+def _pick(tensors: Sequence[Tensor], indices: list[int]) -> list[Tensor]:
+    return list(tensors) if len(indices) == len(tensors) else [tensors[index] for index in indices]
+
+
+def _norms_of(values: list[Tensor]) -> Tensor:
+    """The root of the sum of squares of everything, one scalar, over the dtype's whole range."""
+    wide = any(value.dtype == torch.float64 for value in values)
+    dtype = torch.float64 if wide else torch.float32
+    # Half-precision squares overflow from 256 on and vanish below 2.4e-4: those lists are widened first.
+    values = [value.float() if value.dtype in (torch.float16, torch.bfloat16) else value for value in values]
+    values = [value for value in values if value.numel()]
+    if not values:
+        return torch.zeros((), dtype=dtype)
+    if values[0].device.type == "cpu":
+        norms = torch.stack([norm.double() for norm in torch._foreach_norm(values)])
+        in_range = all(n == 0 or _SAFE_NORM[0] < n < _SAFE_NORM[1] for n in norms.tolist())
+        # Zero may be a sum of squares that vanished, so only a list whose tensors all have a sound norm ends here.
+        if in_range and not bool((norms == 0).any()):
+            return torch.linalg.vector_norm(norms).to(dtype)
+    # Divided by the largest element, in a copy: right over the whole range, without fp64, which not every device has.
+    largest = torch.stack([n.to(dtype) for n in torch._foreach_norm(values, float("inf"))]).amax()
+    scale = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
+    shrunk = [value / scale.to(value.dtype) for value in values]
+    norms = torch.stack([n.to(dtype) for n in torch._foreach_norm(shrunk)])
+    norm = torch.linalg.vector_norm(norms) * scale
+    return torch.where(largest.isfinite(), norm, largest)
+
+
+def grad_norm(
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor] = (),
+    scaling: Sequence[int] = (),
+    accumulators: Sequence[Tensor] = (),
+    weight: Tensor | None = None,
+    inv_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    _refuse_accumulators(accumulators, weight)
+    values: list[Tensor] = []
+    for (scaled,), indices in _by_group(len(grads), scaling):
+        chosen = _pick(grads, indices)
+        if scaled:
+            wide = [g.float() if g.dtype in (torch.float16, torch.bfloat16) else g for g in chosen]
+            chosen = list(torch._foreach_mul(wide, [w.to(g.dtype) for w, g in zip(_pick(params, indices), wide, strict=True)]))
+        values += chosen
+    norm = _norms_of(values).to(grads[0].device)
+    if inv_scale is not None:
+        norm = norm * inv_scale.to(norm.dtype)
+    return norm, (~norm.isfinite()).float()
+
+
+def perturb_(
+    params: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    norm: Tensor,
+    hyper: Tensor,
+    groups: Sequence[int] = (),
+    scaling: Sequence[int] = (),
+    backup_exists: bool = False,
+    inv_scale: Tensor | None = None,
+) -> None:
+    first, second = (params, backups) if backup_exists else (backups, params)
+    torch._foreach_copy_(list(first), list(second))
+    table = hyper.tolist()
+    on_cpu = params[0].device.type == "cpu"
+    for (group, scaled), indices in _by_group(len(params), groups, scaling):
+        rho, perturb_eps = table[group]
+        chosen, directions = _pick(params, indices), _pick(grads, indices)
+        if scaled:
+            clean = _pick(backups, indices)
+            directions = list(torch._foreach_mul(directions, clean))
+            torch._foreach_mul_(directions, clean)
+        if on_cpu:
+            length = float(norm)
+            c = rho / (length + perturb_eps) if length + perturb_eps else 0.0
+            c *= 1.0 if inv_scale is None else float(inv_scale)
+            if length and isfinite(length) and isfinite(c) and c:
+                torch._foreach_add_(chosen, directions, alpha=c)
+            continue
+        ratio = rho / (norm + perturb_eps)
+        if inv_scale is not None:
+            ratio = ratio * inv_scale
+        sound = norm.isfinite() & (norm != 0) & ratio.isfinite()
+        # where() and not a product with zero: 0 * inf is NaN.
+        steps = [torch.where(sound, d * ratio.to(d.dtype), torch.zeros_like(d)) for d in directions]
+        torch._foreach_add_(chosen, steps)
+
+
+def restore_(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
+    moved = [(param, backup) for param, backup in zip(params, backups, strict=True) if param is not backup]
+    if moved:
+        torch._foreach_copy_([param for param, _ in moved], [backup for _, backup in moved])
+
+
+def _scaled(grads: list[Tensor], inv_scale: Tensor | None, clip: Tensor | None) -> list[Tensor]:
+    """The gradients times their factors, in a copy: gradients are never written into."""
+    if inv_scale is None and clip is None:
+        return grads
+    factor = torch.ones((), device=grads[0].device)
+    for scale in (inv_scale, clip):
+        if scale is not None:
+            factor = factor * scale.to(factor.device)
+    return [grad * factor.to(grad.dtype) for grad in grads]
+
+
+def _fusible(*lists: list[Tensor]) -> bool:
+    """Whether torch's own fused kernel may take these lists: one dtype and matching dense layouts."""
+    params = lists[0]
+    return params[0].device.type in _FUSED_DEVICES and params[0].dtype in _FUSED_DTYPES and all(
+        entry.dtype == params[0].dtype and type(entry) in (Tensor, torch.nn.Parameter) and same_layout(param, entry)
+        for entries in lists
+        for param, entry in zip(params, entries, strict=True)
+    )
+
+
+def _saved_if_skippable(found_inf: Tensor | None, lists: Sequence[Sequence[Tensor]]) -> list[Tensor] | None:
+    """Copies of everything a step writes: without reading ``found_inf`` on the host, a step can only be undone."""
+    return None if found_inf is None else [t.clone() for entries in lists for t in entries]
+
+
+def _undo_where(found_inf: Tensor | None, saved: list[Tensor] | None, lists: Sequence[Sequence[Tensor]]) -> None:
+    if saved is None or found_inf is None:
+        return
+    flat = [t for entries in lists for t in entries]
+    for current, before in zip(flat, saved, strict=True):
+        current.copy_(torch.where(found_inf.to(current.device) != 0, before, current))
+
+
+def restore_sgd_(
+    params: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    hyper: Tensor,
+    groups: Sequence[int] = (),
+    first: Sequence[int] = (),
+    accumulators: Sequence[Tensor] = (),
+    weight: Tensor | None = None,
+    inv_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    clip: Tensor | None = None,
+) -> None:
+    _refuse_accumulators(accumulators, weight)
+    restore_(params, backups)
+    saved = _saved_if_skippable(found_inf, (params, momentum_buffers))
+    table = hyper.tolist()
+    for (group, is_first), indices in _by_group(len(params), groups, first):
+        lr, momentum, dampening, weight_decay, nesterov, maximize = table[group]
+        chosen = _pick(params, indices)
+        directions = _scaled(_pick(grads, indices), inv_scale, clip)
+        buffers = _pick(momentum_buffers, indices) if momentum else []
+        if _fusible(chosen, directions, *([buffers] if buffers else [])):
+            torch._fused_sgd_(
+                chosen,
+                directions,
+                buffers,
+                weight_decay=weight_decay,
+                momentum=momentum,
+                lr=lr,
+                dampening=dampening,
+                nesterov=bool(nesterov),
+                maximize=bool(maximize),
+                is_first_step=bool(is_first),
+            )
+            continue
+        if maximize:
+            directions = list(torch._foreach_neg(directions))
+        if weight_decay:
+            directions = list(torch._foreach_add(directions, chosen, alpha=weight_decay))
+        if momentum:
+            if is_first:
+                torch._foreach_copy_(buffers, directions)
+            else:
+                torch._foreach_mul_(buffers, momentum)
+                torch._foreach_add_(buffers, directions, alpha=1 - dampening)
+            directions = list(torch._foreach_add(directions, buffers, alpha=momentum)) if nesterov else buffers
+        torch._foreach_add_(chosen, directions, alpha=-lr)
+    _undo_where(found_inf, saved, (params, momentum_buffers))
+
+
+def restore_adamw_(
+    params: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    hyper: Tensor,
+    groups: Sequence[int] = (),
+    accumulators: Sequence[Tensor] = (),
+    weight: Tensor | None = None,
+    inv_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    clip: Tensor | None = None,
+) -> None:
+    _refuse_accumulators(accumulators, weight)
+    restore_(params, backups)
+    state = (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+    saved = _saved_if_skippable(found_inf, state)
+    table = hyper.tolist()
+    for (group,), indices in _by_group(len(params), groups):
+        lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize = table[group]
+        chosen = _pick(params, indices)
+        directions = _scaled(_pick(grads, indices), inv_scale, clip)
+        m, v, counts = _pick(exp_avgs, indices), _pick(exp_avg_sqs, indices), _pick(steps, indices)
+        largest = _pick(max_exp_avg_sqs, indices) if amsgrad else []
+        torch._foreach_add_(counts, 1)
+        if _fusible(chosen, directions, m, v, *([largest] if largest else [])):
+            fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
+            fused(
+                chosen,
+                directions,
+                m,
+                v,
+                largest,
+                counts,
+                amsgrad=bool(amsgrad),
+                lr=lr,
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=weight_decay,
+                eps=eps,
+                maximize=bool(maximize),
+            )
+            continue
+        if maximize:
+            directions = list(torch._foreach_neg(directions))
+        if weight_decay and decoupled:
+            torch._foreach_mul_(chosen, 1 - lr * weight_decay)
+        elif weight_decay:
+            directions = list(torch._foreach_add(directions, chosen, alpha=weight_decay))
+        torch._foreach_lerp_(m, directions, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, directions, directions, 1 - beta2)
+        second = v
+        if amsgrad:
+            torch._foreach_maximum_(largest, v)
+            second = largest
+        taken = [float(count) for count in counts]  # the fallback of the fallback: this waits for an accelerator
+        denominators = list(torch._foreach_sqrt(second))
+        torch._foreach_div_(denominators, [sqrt(1 - beta2**t) for t in taken])
+        torch._foreach_add_(denominators, eps)
+        torch._foreach_addcdiv_(chosen, m, denominators, [-lr / (1 - beta1**t) for t in taken])
+    _undo_where(found_inf, saved, state)
+
+
+KERNELS = {name: globals()[name] for name in schema.OPS}
+schema.register_python_backend("foreach", KERNELS)

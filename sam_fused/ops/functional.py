@@ -1,0 +1,241 @@
+"""The operations as functions: arguments checked, backend chosen, mutation made visible to autograd.
+
+``hyper`` tables are float64 ``[groups, columns]``; their columns, the operands that repeat and the schemas are described in
+``sam_fused.ops.schema``. Lists may be empty; tensors may be empty, 0-dimensional, unaligned or non-contiguous, and of mixed
+dtypes (float32, float64, bfloat16, float16).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from . import backends, checks, foreach, native, reference, schema
+
+_PYTHON = {"reference": reference.KERNELS, "foreach": foreach.KERNELS}
+
+
+def _run(op: str, backend: str | None, lists: dict[str, Sequence[Tensor]], reference_list: str, arguments: dict[str, Any]) -> Any:
+    name = backends.choose(lists[reference_list][0].device, backend)
+    with torch.no_grad():
+        if torch.compiler.is_compiling():
+            # Opaque to the compiler: its in-place lists are functionalised from the schema.
+            full = schema.OPS[op].complete({**{k: list(v) for k, v in lists.items()}, **arguments})
+            return schema.overload(op, name)(**full)
+        if name == "native":
+            result = native.call(op, lists, reference_list, arguments)
+        else:
+            result = _PYTHON[name][op](**lists, **arguments)
+    # A mutable schema alone does not do this: without it autograd would use overwritten values in silence.
+    touched = [tensor for name in schema.OPS[op].mutates for tensor in lists[name]]
+    if touched:
+        increment_version(touched)
+    return result
+
+
+def _refuse_accumulators(accumulators: Sequence[Tensor], weight: Tensor | None) -> None:
+    if accumulators or weight is not None:
+        raise NotImplementedError("accumulators, weight: expected none (not implemented yet), got some: leave them out.")
+
+
+def grad_norm(
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor] = (),
+    scaling: Sequence[int] = (),
+    *,
+    accumulators: Sequence[Tensor] = (),
+    weight: Tensor | None = None,
+    inv_scale: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The norm of all gradients together, ``sqrt(sum_i ||T_i g_i||^2)``, and whether it is not finite.
+
+    Reads g (and w where T = ``|w|``), writes nothing: 1 access per element. ``params`` may be empty if nothing is scaled.
+
+    Returns:
+        The norm, 0-dim fp32 (fp64 if any gradient is fp64), and a 0-dim fp32 flag: 1.0 if the norm is inf or NaN, else 0.0.
+    """
+    _refuse_accumulators(accumulators, weight)
+    checks.check_lists(grads, **({"params": params} if len(params) or any(scaling) else {}))
+    checks.check_ints(scaling, "scaling", len(grads), (0, 1))
+    checks.check_scalar(inv_scale, "inv_scale")
+    if not grads:
+        return torch.zeros(()), torch.zeros(())
+    lists = {"grads": grads, **({"params": params} if any(scaling) else {})}
+    if any(scaling):
+        # The weights' arrangement in memory is the one to fit: they are the larger and the longer-lived.
+        return _run("grad_norm", backend, lists, "params", {"scaling": list(scaling), "inv_scale": inv_scale})  # type: ignore[no-any-return]
+    return _run("grad_norm", backend, lists, "grads", {"inv_scale": inv_scale})  # type: ignore[no-any-return]
+
+
+def perturb_(
+    params: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    norm: Tensor,
+    hyper: Tensor,
+    groups: Sequence[int] = (),
+    scaling: Sequence[int] = (),
+    *,
+    backup_exists: bool = False,
+    inv_scale: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """``backup = w; w = w + rho / (norm + perturb_eps) T^2 g`` [2010.01412, equation 2; T: 2102.11600, equation 6].
+
+    Reads w and g, writes w and backup: 4 accesses per element. With ``backup_exists`` it reads backup and g and writes w: 3.
+    Where the norm is zero or not finite nothing moves; the backup is written all the same.
+
+    Args:
+        hyper: columns ``rho``, ``perturb_eps``.
+    """
+    checks.check_lists(params, backups=backups, grads=grads)
+    checks.check_hyper(hyper, schema.PERTURB_COLUMNS, groups, len(params))
+    checks.check_ints(scaling, "scaling", len(params), (0, 1))
+    checks.check_scalar(norm, "norm")
+    checks.check_scalar(inv_scale, "inv_scale")
+    if not params:
+        return
+    _run(
+        "perturb_",
+        backend,
+        {"params": params, "backups": backups, "grads": grads},
+        "params",
+        {
+            "norm": norm,
+            "hyper": hyper,
+            "groups": list(groups),
+            "scaling": list(scaling),
+            "backup_exists": backup_exists,
+            "inv_scale": inv_scale,
+        },
+    )
+
+
+def restore_(params: Sequence[Tensor], backups: Sequence[Tensor], *, backend: str | None = None) -> None:
+    """``w = backup``, bit for bit, in place. Reads backup, writes w: 2 accesses per element."""
+    checks.check_lists(params, backups=backups)
+    if params:
+        _run("restore_", backend, {"params": params, "backups": backups}, "params", {})
+
+
+def restore_sgd_(
+    params: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    hyper: Tensor,
+    groups: Sequence[int] = (),
+    first: Sequence[int] = (),
+    *,
+    accumulators: Sequence[Tensor] = (),
+    weight: Tensor | None = None,
+    inv_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    clip: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """SGD's step from the backup: the restore is free because the step reads the backup instead of the weight.
+
+    ``d = g + wd w; v = momentum v + (1 - dampening) d`` (``v = d`` where ``first``); ``w = backup - lr (d + momentum v)`` with
+    Nesterov, else ``backup - lr v``; `torch.optim.SGD`'s rule and order. Reads backup, g, v, writes w, v: 5 accesses per element
+    (3 without momentum). ``backups[i]`` may be ``params[i]``: then it is the plain base step.
+
+    Args:
+        momentum_buffers: one per parameter, or empty if no group has momentum.
+        hyper: columns ``lr``, ``momentum``, ``dampening``, ``weight_decay``, ``nesterov``, ``maximize``.
+        first: 1 where the buffer is created in this step, as torch ignores dampening then; empty means 0.
+    """
+    _refuse_accumulators(accumulators, weight)
+    with_momentum = {"momentum_buffers": momentum_buffers}
+    checks.check_lists(params, backups=backups, grads=grads, **(with_momentum if len(momentum_buffers) else {}))
+    checks.check_hyper(hyper, schema.SGD_COLUMNS, groups, len(params))
+    checks.check_ints(first, "first", len(params), (0, 1))
+    _check_last_pass_scalars(inv_scale, found_inf, clip)
+    if not params:
+        return
+    if not momentum_buffers and bool((hyper[:, 1] != 0).any()):
+        raise ValueError("momentum_buffers: expected one per parameter because a group has momentum, got none: pass them.")
+    _run(
+        "restore_sgd_",
+        backend,
+        {"params": params, "backups": backups, "grads": grads, **with_momentum},
+        "params",
+        {"hyper": hyper, "groups": list(groups), "first": list(first), **_scalars(inv_scale, found_inf, clip)},
+    )
+
+
+def restore_adamw_(
+    params: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    hyper: Tensor,
+    groups: Sequence[int] = (),
+    *,
+    accumulators: Sequence[Tensor] = (),
+    weight: Tensor | None = None,
+    inv_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    clip: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """Adam's [1412.6980] or AdamW's [1711.05101] step from the backup, `torch.optim.Adam`'s rule and order.
+
+    ``m = m + (1 - beta1)(g - m); v = beta2 v + (1 - beta2) g^2; w = backup' - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t)
+    + eps)`` with ``backup' = (1 - lr wd) backup`` if ``decoupled`` (AdamW), else ``g = g + wd backup`` first (Adam); with
+    ``amsgrad`` the largest v so far is used. Reads backup, g, m, v, writes w, m, v: 7 accesses per element (9 with amsgrad).
+
+    Args:
+        max_exp_avg_sqs: one per parameter, or empty if no group has amsgrad.
+        steps: the number of steps taken, one scalar tensor per parameter, float32 or float64; incremented by this call.
+        hyper: columns ``lr``, ``beta1``, ``beta2``, ``eps``, ``weight_decay``, ``decoupled``, ``amsgrad``, ``maximize``.
+    """
+    _refuse_accumulators(accumulators, weight)
+    with_max = {"max_exp_avg_sqs": max_exp_avg_sqs}
+    moments = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    checks.check_lists(params, backups=backups, grads=grads, **moments, **(with_max if len(max_exp_avg_sqs) else {}))
+    checks.check_hyper(hyper, schema.ADAM_COLUMNS, groups, len(params))
+    _check_last_pass_scalars(inv_scale, found_inf, clip)
+    if len(steps) != len(params):
+        raise ValueError(f"steps: expected {len(params)} scalar tensors as there are params, got {len(steps)}: pass one for each.")
+    for index, step in enumerate(steps):
+        checks.check_scalar(step, f"steps[{index}]")
+    if not params:
+        return
+    if not max_exp_avg_sqs and bool((hyper[:, 6] != 0).any()):
+        raise ValueError("max_exp_avg_sqs: expected one per parameter because a group has amsgrad, got none: pass them.")
+    _run(
+        "restore_adamw_",
+        backend,
+        {"params": params, "backups": backups, "grads": grads, **moments, **with_max, "steps": steps},
+        "params",
+        {"hyper": hyper, "groups": list(groups), **_scalars(inv_scale, found_inf, clip)},
+    )
+
+
+def _check_last_pass_scalars(inv_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None) -> None:
+    for name, scalar in (("inv_scale", inv_scale), ("found_inf", found_inf), ("clip", clip)):
+        checks.check_scalar(scalar, name)
+
+
+def _scalars(inv_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None) -> dict[str, Tensor | None]:
+    return {"inv_scale": inv_scale, "found_inf": found_inf, "clip": clip}
+
+
+def combined_norm(norms: Sequence[Tensor]) -> Tensor:
+    """The norm of several devices' norms together, on the first one's device: ``sqrt(sum n_i^2)`` without overflow."""
+    if len(norms) == 1:
+        return norms[0]
+    wide = any(norm.dtype == torch.float64 for norm in norms)
+    here = torch.stack([norm.to(norms[0].device, torch.float64 if wide else torch.float32) for norm in norms])
+    largest = here.amax()
+    scale = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
+    return torch.linalg.vector_norm(here / scale) * scale

@@ -1,0 +1,270 @@
+"""Tensors that go through a step together, with what does not change between steps looked up once.
+
+A ``TensorSet`` is what the optimizer layer talks to. It has two ways into the same kernels. The fast one, for the native
+backend and plain tensors, keeps an int64 table with one row per tensor (``TensorRow`` in ``csrc/plan.h``) and hands over one
+int64 tensor of the fresh gradients' addresses: marshalling eight lists of 161 tensors into C++ costs 0.2 ms, more than the
+arithmetic of a small model. Everything an address stands for is checked on every call: each cached address against the
+tensor's present one, each gradient for type, device, dtype, size and layout. Whatever does not fit, and whatever a compiler or
+a dispatch mode must see, takes the list operations of ``sam_fused.ops.functional``.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from . import functional
+from .checks import check_tensor, is_dense, same_layout
+from .dtypes import CODES, SUPPORTED
+
+# The layout of TensorRow: numel, group, scaling, first, dtypes, then one address per role.
+_FIRST_COLUMN = 3
+_ADDRESSES = 5
+_ROLES = ("weight", "backup", "grad", "state0", "state1", "state2", "step", "accumulator")
+ROW_WORDS = _ADDRESSES + len(_ROLES)
+
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
+_GRAD_TYPE = frozenset((Tensor, torch.nn.Parameter))
+
+_dtype_of = attrgetter("dtype")
+_is_cpu = attrgetter("is_cpu")
+_layout_of = attrgetter("layout")
+_data_ptr = Tensor.data_ptr
+
+
+def _seen_by_torch_only() -> bool:
+    """Whether a compiler or a dispatch mode is watching: raw addresses would be invisible to it."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(_data_ptr, tensors))
+
+
+class TensorSet:
+    """Parameters of one device with their backups and base-optimizer state.
+
+    Args:
+        params: the parameters, all on one device.
+        backups: a tensor for each, laid out as the parameter; the parameter itself where nothing was perturbed.
+        backend: the backend that serves them.
+        groups, scaling: see ``sam_fused.ops.schema``.
+        states: the base optimizer's state lists, in the order of the operation: ``(momentum_buffers,)`` or
+            ``(exp_avgs, exp_avg_sqs, max_exp_avg_sqs)``.
+        steps: Adam's step counts.
+        first: 1 where the base optimizer creates the momentum buffer in the coming step.
+        perturbed: the cell that says whether the parameters are perturbed; shared between the set that perturbs and the one
+            that restores. On the native backend it is written in the same call that moves the weights.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        backups: Sequence[Tensor],
+        *,
+        backend: str,
+        groups: Sequence[int] = (),
+        scaling: Sequence[int] = (),
+        states: tuple[Sequence[Tensor], ...] = (),
+        steps: Sequence[Tensor] = (),
+        first: Sequence[int] = (),
+        perturbed: Tensor | None = None,
+    ) -> None:
+        self.params = list(params)
+        self.backups = list(backups)
+        self.backend = backend
+        self.groups = list(groups)
+        self.scaling = list(scaling)
+        self.states = tuple(list(state) for state in states)
+        self.steps = list(steps)
+        self.first = list(first)
+        self.perturbed = torch.zeros(1, dtype=torch.int64) if perturbed is None else perturbed
+        self._fixed = [*self.params, *(t for state in self.states for t in state), *self.steps]
+        self._fixed_addresses = _addresses(self._fixed) if self._has_plain_memory() else []
+        self._rows = self._build_rows() if backend == "native" and self._fixed_addresses else None
+        self._dtypes = list(map(_dtype_of, self.params))
+        self._numels = list(map(Tensor.numel, self.params))
+        self._contiguous = all(p.is_contiguous() for p in self.params)
+        if self._rows is not None:
+            wide = torch.float64 in self._dtypes
+            self._norm = torch.zeros((), dtype=torch.float64 if wide else torch.float32)
+            self._found_inf = torch.zeros(())
+
+    # ---- construction and validity -----------------------------------------------------------------------------------
+
+    def _has_plain_memory(self) -> bool:
+        return all(type(t) in _PLAIN_TYPES and t.layout == torch.strided for t in (*self._fixed, *self.backups))
+
+    def _build_rows(self) -> Tensor | None:
+        """The table, or None where a tensor's memory is not arranged as its parameter's."""
+        columns: list[Sequence[Tensor]] = [self.params, self.backups, [], *self.states]
+        for column in columns:
+            for tensor, param in zip(column, self.params, strict=False):
+                unused = tensor.numel() == 0
+                if not unused and (tensor.dtype not in SUPPORTED or not tensor.is_cpu or not same_layout(param, tensor)):
+                    return None
+        if not all(is_dense(p) and p.is_cpu and p.dtype in SUPPORTED for p in self.params):
+            return None
+        if not all(s.is_cpu and s.numel() == 1 and s.dtype in (torch.float32, torch.float64) for s in self.steps):
+            return None
+        by_role: dict[str, Sequence[Tensor]] = {"weight": self.params, "backup": self.backups, "step": self.steps}
+        by_role |= {f"state{index}": state for index, state in enumerate(self.states)}
+        rows = []
+        for index, param in enumerate(self.params):
+            dtypes, addresses = CODES[param.dtype] << (8 * _ROLES.index("grad")), [0] * len(_ROLES)
+            for role, tensors in by_role.items():
+                if tensors:
+                    dtypes |= CODES[tensors[index].dtype] << (8 * _ROLES.index(role))
+                    addresses[_ROLES.index(role)] = tensors[index].data_ptr()
+            group = self.groups[index] if self.groups else 0
+            scaling = self.scaling[index] if self.scaling else 0
+            first = self.first[index] if self.first else 0
+            rows.append([param.numel(), group, scaling, first, dtypes, *addresses])
+        return torch.tensor(rows, dtype=torch.int64)
+
+    def is_current(self) -> bool:
+        """Whether every address looked up at construction is still the tensor's."""
+        return not self._fixed_addresses or _addresses(self._fixed) == self._fixed_addresses
+
+    def _gather(self, grads: Sequence[Tensor]) -> Tensor | None:
+        """The gradients' addresses for the fast way, or None if this call must take the lists."""
+        if self._rows is None or _seen_by_torch_only():
+            return None
+        if not (
+            _GRAD_TYPE.issuperset(map(type, grads))
+            and set(map(_layout_of, grads)) <= {torch.strided}
+            and list(map(_dtype_of, grads)) == self._dtypes
+            and all(map(_is_cpu, grads))
+            and list(map(Tensor.numel, grads)) == self._numels
+        ):
+            return None
+        if not (self._contiguous and all(map(Tensor.is_contiguous, grads))) and not all(
+            map(same_layout, self.params, grads)
+        ):
+            return None
+        return torch.frombuffer(array("q", map(_data_ptr, grads)), dtype=torch.int64)
+
+    def check_gradients(self, grads: Sequence[Tensor], names: Sequence[str] = ()) -> None:
+        """Refuses, in one sentence, gradients that no backend can read.
+
+        Raises:
+            TypeError: a gradient is sparse, quantised, or of an unsupported dtype.
+            ValueError: a gradient is on another device, or of another shape, than its parameter.
+        """
+        for index, (grad, param) in enumerate(zip(grads, self.params, strict=True)):
+            name = names[index] if names else f"gradient {index}"
+            check_tensor(grad, name)
+            if grad.device != param.device or grad.size() != param.size():
+                raise ValueError(
+                    f"{name}: expected {tuple(param.size())} on {param.device} as its parameter, got {tuple(grad.size())} on "
+                    f"{grad.device}: run backward again after moving or resizing the parameter."
+                )
+
+    # ---- the operations ----------------------------------------------------------------------------------------------
+
+    def grad_norm(self, grads: Sequence[Tensor], inv_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``functional.grad_norm``. The result tensors are reused by the next call."""
+        addresses = self._gather(grads)
+        if addresses is None:
+            self.check_gradients(grads)
+            params = self.params if any(self.scaling) else ()
+            return functional.grad_norm(grads, params, self.scaling, inv_scale=inv_scale, backend=self.backend)
+        torch.ops.sam_fused.prepared_grad_norm_(self._rows, addresses, self._norm, self._found_inf, inv_scale)
+        return self._norm, self._found_inf
+
+    def perturb_(self, grads: Sequence[Tensor], norm: Tensor, hyper: Tensor, inv_scale: Tensor | None = None) -> None:
+        """``functional.perturb_``; afterwards ``perturbed`` is 1. If anything is thrown the weights are clean or ``w + e`` and
+        ``perturbed`` says which."""
+        addresses = self._gather(grads)
+        if addresses is not None:
+            torch.ops.sam_fused.prepared_perturb_(self._rows, addresses, norm, hyper, self.perturbed, False, inv_scale)
+            increment_version(self.params)
+            return
+        self.check_gradients(grads)
+        options: dict[str, Any] = {"inv_scale": inv_scale, "backend": self.backend}
+        if self.backend == "foreach":
+            self._perturb_in_two_calls(grads, norm, hyper, options)
+            return
+        # The backup first, then the cell, then the weights: an interrupt between any two leaves something restorable.
+        functional.restore_(self.backups, self.params, backend=self.backend)
+        self.perturbed.fill_(1)
+        functional.perturb_(
+            self.params, self.backups, grads, norm, hyper, self.groups, self.scaling, backup_exists=True, **options
+        )
+
+    def _perturb_in_two_calls(self, grads: Sequence[Tensor], norm: Tensor, hyper: Tensor, options: dict[str, Any]) -> None:
+        # foreach copies the backup and then adds, so the backup need not be copied twice as above: if it was interrupted, the
+        # backups' versions tell whether the weights can have moved.
+        before = [backup._version for backup in self.backups]
+        try:
+            functional.perturb_(self.params, self.backups, grads, norm, hyper, self.groups, self.scaling, **options)
+        except BaseException:
+            if any(backup._version != version for backup, version in zip(self.backups, before, strict=True)):
+                self.perturbed.fill_(1)
+            raise
+        self.perturbed.fill_(1)
+
+    @property
+    def is_perturbed(self) -> bool:
+        return bool(self.perturbed.item())
+
+    def restore_(self) -> None:
+        """``functional.restore_``; afterwards ``perturbed`` is 0."""
+        if self._rows is not None and not _seen_by_torch_only() and self.is_current():
+            torch.ops.sam_fused.prepared_restore_(self._rows, self.perturbed)
+            increment_version(self.params)
+            return
+        functional.restore_(self.params, self.backups, backend=self.backend)
+        self.perturbed.fill_(0)
+
+    def restore_sgd_(self, grads: Sequence[Tensor], hyper: Tensor, **scalars: Tensor | None) -> None:
+        """``functional.restore_sgd_`` with the set's momentum buffers."""
+        addresses = self._gather(grads)
+        if addresses is None:
+            self.check_gradients(grads)
+            buffers = self.states[0] if self.states else []
+            lists = (self.params, self.backups, grads, buffers, hyper, self.groups, self.first)
+            functional.restore_sgd_(*lists, **scalars, backend=self.backend)  # type: ignore[arg-type]
+            self.perturbed.fill_(0)
+        else:
+            torch.ops.sam_fused.prepared_restore_sgd_(self._rows, addresses, hyper, self.perturbed, **scalars)
+            increment_version(self._fixed)
+        self._momentum_exists()
+
+    def _momentum_exists(self) -> None:
+        if any(self.first):
+            self.first = [0] * len(self.params)
+            if self._rows is not None:
+                self._rows[:, _FIRST_COLUMN] = 0
+
+    def restore_adamw_(self, grads: Sequence[Tensor], hyper: Tensor, **scalars: Tensor | None) -> None:
+        """``functional.restore_adamw_`` with the set's moments and step counts."""
+        addresses = self._gather(grads)
+        if addresses is None:
+            self.check_gradients(grads)
+            lists = (self.params, self.backups, grads, *self.states, self.steps, hyper, self.groups)
+            functional.restore_adamw_(*lists, **scalars, backend=self.backend)  # type: ignore[arg-type]
+            self.perturbed.fill_(0)
+            return
+        torch.ops.sam_fused.prepared_restore_adamw_(self._rows, addresses, hyper, self.perturbed, **scalars)
+        increment_version(self._fixed)
+
+
+class HyperTable:
+    """A float64 table of hyper-parameters that is written only when a value has changed."""
+
+    def __init__(self) -> None:
+        self._values: list[list[float]] = []
+        self._table = torch.zeros((0, 0), dtype=torch.float64)
+
+    def update(self, values: list[list[float]]) -> Tensor:
+        if values != self._values:
+            self._table = torch.tensor(values, dtype=torch.float64)
+            self._values = values
+        return self._table

@@ -1,0 +1,141 @@
+"""Base optimizers with a fused last pass: which ones, what their hyper-parameters and state are called.
+
+A base optimizer runs fused if it is exactly SGD, Adam or AdamW and nobody is watching its own ``step``: hooks on it,
+``differentiable``, a patched ``step`` all mean that the weights are restored and its own ``step`` is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from sam_fused.ops.prepared import TensorSet
+
+
+@dataclass(frozen=True)
+class FusedBase:
+    """How one family of base optimizers is run by the op layer."""
+
+    hyper: Callable[[dict[str, Any]], list[float]]
+    state_keys: Callable[[dict[str, Any]], tuple[str, ...]]
+    all_state_keys: tuple[str, ...]
+    has_step_count: bool
+    run: Callable[..., None]
+
+
+def _sgd_hyper(group: dict[str, Any]) -> list[float]:
+    values = (group["lr"], group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"], group["maximize"])
+    return [float(value) for value in values]
+
+
+def _adam_hyper(group: dict[str, Any]) -> list[float]:
+    beta1, beta2 = group["betas"]
+    values = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["decoupled_weight_decay"])
+    return [float(value) for value in (*values, group["amsgrad"], group["maximize"])]
+
+
+_SGD = FusedBase(
+    hyper=_sgd_hyper,
+    state_keys=lambda group: ("momentum_buffer",) if group["momentum"] != 0 else (),
+    all_state_keys=("momentum_buffer",),
+    has_step_count=False,
+    run=TensorSet.restore_sgd_,
+)
+_ADAM = FusedBase(
+    hyper=_adam_hyper,
+    state_keys=lambda group: ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ())),
+    all_state_keys=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    has_step_count=True,
+    run=TensorSet.restore_adamw_,
+)
+_FAMILIES: dict[type[Optimizer], FusedBase] = {SGD: _SGD, Adam: _ADAM, AdamW: _ADAM}
+
+
+def _is_scheduler_wrapper(base: Optimizer) -> bool:
+    """Whether the instance's ``step`` is the class's own behind the counter that LR schedulers put there."""
+    step = base.__dict__["step"]
+    return getattr(step, "_wrapped_by_lr_sched", False) and getattr(step, "__wrapped__", None) is type(base).step
+
+
+def fused_base(base: Optimizer) -> FusedBase | None:
+    """The fused form of ``base``, or None if its own ``step`` must run."""
+    family = _FAMILIES.get(type(base))
+    if family is None or base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
+        return None
+    if "step" in base.__dict__ and not _is_scheduler_wrapper(base):
+        return None
+    for group in base.param_groups:
+        if group.get("differentiable") or group.get("capturable"):
+            return None
+    return family
+
+
+class FusedState:
+    """The base optimizer's state of some parameters, as the lists that the op layer takes.
+
+    What is missing is created here and entered into ``base.state`` only by ``commit``, after the operation has succeeded.
+    """
+
+    def __init__(self, family: FusedBase, base: Optimizer, params: list[Tensor], groups: list[dict[str, Any]]) -> None:
+        self._family = family
+        self._base = base
+        self._params = params
+        self._keys = [family.state_keys(group) for group in groups]
+        self.first: list[int] = []
+        self.columns: list[list[Tensor]] = [[] for _ in family.all_state_keys]
+        self.steps: list[Tensor] = []
+        self._missing: list[tuple[Tensor, str, Tensor]] = []
+        unused = torch.empty(0)
+        for param, keys in zip(params, self._keys, strict=True):
+            state = base.state.get(param, {})
+            created = False
+            for column, key in zip(self.columns, family.all_state_keys, strict=True):
+                if key not in keys:
+                    column.append(unused)
+                    continue
+                value = state.get(key)
+                if value is None:
+                    value = torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
+                    self._missing.append((param, key, value))
+                    created = True
+                column.append(value)
+            self.first.append(int(created))
+            if family.has_step_count:
+                step = state.get("step")
+                if step is None:
+                    step = torch.tensor(0.0, dtype=torch.float64 if _wide_default() else torch.float32)
+                    self._missing.append((param, "step", step))
+                self.steps.append(step)
+        # A column that no group uses is passed as an empty list.
+        self.columns = [c if any(t is not unused for t in c) else [] for c in self.columns]
+
+    def commit(self) -> None:
+        for param, key, value in self._missing:
+            self._base.state[param][key] = value
+        self._missing.clear()
+
+    def is_current(self) -> bool:
+        """Whether ``base.state`` still holds exactly these tensors (loading a checkpoint replaces them)."""
+        if self._missing:
+            return False
+        states = list(map(self._base.state.get, self._params))
+        for position, key in enumerate(self._family.all_state_keys):
+            column = self.columns[position]
+            if column and not all(
+                (state or {}).get(key) is value
+                for state, value, keys in zip(states, column, self._keys, strict=True)
+                if key in keys
+            ):
+                return False
+        return not self.steps or all(
+            (state or {}).get("step") is step for state, step in zip(states, self.steps, strict=True)
+        )
+
+
+def _wide_default() -> bool:
+    return torch.get_default_dtype() == torch.float64

@@ -1,0 +1,153 @@
+"""The descent: restore and base step, in one pass where the base optimizer has a fused form."""
+
+from __future__ import annotations
+
+from itertools import repeat
+from operator import is_, is_not
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sam_fused.ops.prepared import HyperTable, TensorSet
+
+from .ascent import Ascent, Part, partition
+from .bases import FusedBase, FusedState, fused_base
+from .state import Control
+
+
+class FusedPart:
+    """The tensors of a fused last pass on one device, and the base optimizer's state that goes with them."""
+
+    def __init__(self, part: Part, state: FusedState) -> None:
+        self.part = part
+        self.state = state
+
+    def is_current(self) -> bool:
+        return self.part.tensors.is_current() and self.state.is_current()
+
+
+class Descent:
+    """Runs the base optimizer from the clean weights and remembers how, until something about it changes."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._hyper = HyperTable()
+        self._key: Any = None
+        self._parts: list[FusedPart] = []
+        self._left_over: list[Part] = []
+        self._params: list[Tensor] = []
+
+    def step(
+        self,
+        base: Optimizer,
+        ascent: Ascent,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        grad_scale: Tensor | None,
+        found_inf: Any,
+    ) -> None:
+        """Leaves the weights clean and stepped. If a check fails, nothing has been written."""
+        family = fused_base(base)
+        complete = all(map(is_not, grads, repeat(None)))
+        fusible = family is not None and all(p.is_cpu for p in params)
+        if family is None or not fusible:
+            self._step_unfused(base, ascent, grads, grad_scale, found_inf)
+            return
+        self._prepare(family, base, ascent, params, grads, complete)
+        scalars = _scalars(grad_scale, found_inf)
+        hyper = self._hyper.update([family.hyper(group) for group in base.param_groups])
+        picked = [entry.part.pick(grads) for entry in self._parts]
+        for entry, chosen in zip(self._parts, picked, strict=True):
+            entry.part.tensors.check_gradients(chosen)
+        ascending = [part for part in ascent.parts if part.tensors.is_perturbed]
+        stepped = set(grads_present(grads))
+        for part in ascending:
+            # Perturbed, but without a gradient in the second pass: nothing will step it, so it is restored here.
+            if not stepped.issuperset(part.indices):
+                part.tensors.restore_()
+        for entry, chosen in zip(self._parts, picked, strict=True):
+            family.run(entry.part.tensors, chosen, hyper, **scalars)
+            entry.state.commit()
+        for part in ascending:
+            part.tensors.perturbed.fill_(0)
+
+    def _prepare(
+        self,
+        family: FusedBase,
+        base: Optimizer,
+        ascent: Ascent,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        complete: bool,
+    ) -> None:
+        perturbed = tuple(id(part) for part in ascent.parts if part.tensors.is_perturbed)
+        layout = tuple(
+            (len(g["params"]), family.state_keys(g), bool(g.get("nesterov"))) for g in base.param_groups
+        )
+        key = (id(base), perturbed, layout, None if complete else tuple(grad is None for grad in grads))
+        same_params = len(params) == len(self._params) and all(map(is_, params, self._params))
+        if key == self._key and same_params and all(entry.is_current() for entry in self._parts):
+            return
+        self._params, self._key = list(params), None
+        self._parts = list(self._build(family, base, ascent, params, grads))
+        self._key = key
+
+    def _build(
+        self, family: FusedBase, base: Optimizer, ascent: Ascent, params: list[Tensor], grads: list[Tensor | None]
+    ) -> list[FusedPart]:
+        group_of: list[int] = []
+        for number, group in enumerate(base.param_groups):
+            group_of += [number] * len(group["params"])
+        backups: dict[int, Tensor] = {}
+        cells: dict[int, Tensor] = {}
+        for part in ascent.parts:
+            if part.tensors.is_perturbed:
+                for index, backup in zip(part.indices, part.tensors.backups, strict=True):
+                    backups[index] = backup
+                    cells[index] = part.tensors.perturbed
+        entries = []
+        for (_, backend), chosen in partition(params, grads_present(grads), self._control.backend).items():
+            members = [params[i] for i in chosen]
+            state = FusedState(family, base, members, [base.param_groups[group_of[i]] for i in chosen])
+            owners = {id(cells[i]): cells[i] for i in chosen if i in cells}
+            tensors = TensorSet(
+                members,
+                [backups.get(i, params[i]) for i in chosen],
+                backend=backend,
+                groups=[group_of[i] for i in chosen],
+                states=tuple(state.columns),
+                steps=state.steps,
+                first=state.first if not family.has_step_count else [],
+                perturbed=next(iter(owners.values())) if len(owners) == 1 else None,
+            )
+            entries.append(FusedPart(Part(tensors, chosen, len(params)), state))
+        return entries
+
+    def _step_unfused(
+        self, base: Optimizer, ascent: Ascent, grads: list[Tensor | None], grad_scale: Tensor | None, found_inf: Any
+    ) -> None:
+        """Restores, then lets the base optimizer's own ``step`` run, with its hooks. Under a loss scale this waits once."""
+        ascent.restore()
+        if isinstance(found_inf, Tensor) and bool(found_inf):
+            return
+        present = [grad for grad in grads if grad is not None]
+        if grad_scale is not None and present:
+            torch._foreach_mul_(present, float(1.0 / grad_scale.double()))
+        base.step()
+
+    def release(self) -> None:
+        self._key = None
+        self._parts = []
+        self._params = []
+
+
+def grads_present(grads: list[Tensor | None]) -> list[int]:
+    return [index for index, grad in enumerate(grads) if grad is not None]
+
+
+def _scalars(grad_scale: Tensor | None, found_inf: Any) -> dict[str, Tensor | None]:
+    inverse = None if grad_scale is None else grad_scale.double().reciprocal().float().reshape(())
+    found = found_inf.float().reshape(()) if isinstance(found_inf, Tensor) else None
+    return {"inv_scale": inverse, "found_inf": found, "clip": None}

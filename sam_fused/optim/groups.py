@@ -1,0 +1,47 @@
+"""Parameter groups: our keys beside the base optimizer's, never over them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch.optim import Optimizer
+
+# What SAM keeps in each parameter group, with its default.
+DEFAULTS: dict[str, Any] = {"rho": 0.05, "adaptive": False, "perturb": True, "perturb_eps": 1e-12}
+
+PREFIX = "sam_"
+
+
+def key_names(base_keys: set[str]) -> dict[str, str]:
+    """The name each of our keys has in a group: itself, or ``sam_<name>`` where the base optimizer owns that name.
+
+    Adadelta has a ``rho`` (a decay rate); SAM's then is ``sam_rho``, so that neither overwrites the other.
+    """
+    return {name: PREFIX + name if name in base_keys else name for name in DEFAULTS}
+
+
+def check_group(group: dict[str, Any], names: dict[str, str], index: int) -> None:
+    """Refuses hyper-parameters that mean nothing, in one sentence."""
+    for name in ("rho", "perturb_eps"):
+        value = group[names[name]]
+        if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+            raise ValueError(
+                f"{names[name]} of parameter group {index}: expected a finite number >= 0, got {value!r}: "
+                f"use for example {DEFAULTS[name]}."
+            )
+    for name in ("adaptive", "perturb"):
+        value = group[names[name]]
+        if not isinstance(value, bool):
+            raise ValueError(
+                f"{names[name]} of parameter group {index}: expected True or False, got {value!r}: "
+                "adaptive=True is ASAM on all parameters, perturb=False leaves a group out of the ascent."
+            )
+
+
+def fill(base: Optimizer, names: dict[str, str], values: dict[str, Any], since: int = 0) -> None:
+    """Gives every group from ``since`` on the keys it has not."""
+    for index, group in enumerate(base.param_groups[since:], start=since):
+        for name, key in names.items():
+            group.setdefault(key, values[name])
+        check_group(group, names, index)

@@ -1,0 +1,488 @@
+"""Sharpness-Aware Minimization as a ``torch.optim`` optimizer: the moves of a step, and no arithmetic."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from operator import attrgetter, is_, is_not
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sam_fused.ops.checks import SUPPORTED_NAMES
+from sam_fused.ops.dtypes import SUPPORTED
+from sam_fused.ops.functional import combined_norm
+from sam_fused.ops.metrics import PerturbationMetrics
+
+from . import groups
+from .ascent import Ascent
+from .descent import Descent
+from .state import Control, Move, State
+
+_grad_of = attrgetter("grad")
+
+
+class Losses(NamedTuple):
+    """The two losses of the last ``step(closure)``: at the clean and at the perturbed weights, detached, on their device.
+
+    Their difference is a free reading of the sharpness in the ascent direction, L(w + e) - L(w) [2211.05729].
+    """
+
+    clean: Any
+    perturbed: Any
+
+    @property
+    def rise(self) -> Any:
+        return self.perturbed - self.clean
+
+
+class SAM(Optimizer):
+    r"""Sharpness-Aware Minimization [2010.01412] around any ``torch.optim`` optimizer.
+
+    .. math::
+        e = \rho \, g / (\lVert g \rVert_2 + \epsilon), \qquad
+        w \leftarrow \mathrm{base}(w, \nabla L(w + e))
+
+    ``g`` is the gradient at the clean weights; the norm is one norm over the perturbed parameters of all groups. The weights
+    are restored bit for bit. With ``adaptive=True``, :math:`e = \rho \, T^2 g / (\lVert T g \rVert + \epsilon)` with
+    :math:`T = |w|` on all parameters (ASAM [2102.11600] with eta = 0, as in the popular class). With a base that maximizes, e
+    points downhill.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
+        >>> x, y = torch.randn(8, 3), torch.randn(8, 1)
+        >>> def closure():
+        ...     loss = torch.nn.functional.mse_loss(model(x), y)
+        ...     loss.backward()
+        ...     return loss
+        >>> loss = optimizer.step(closure)
+
+    Args:
+        params: what ``torch.optim`` optimizers take; or a base optimizer, ``SAM(optimizer, rho=0.05)``.
+        base_optimizer: the base optimizer's class; left out when an optimizer is given.
+        rho: the radius of the perturbation, >= 0. Per group: the key ``rho``. 0 is the base optimizer.
+        adaptive: ASAM. Per group: the key ``adaptive``.
+        perturb: False leaves a group out of the perturbation and out of the norm. Per group: the key ``perturb``.
+        perturb_eps: added to the norm. Per group: the key ``perturb_eps``. Never ``eps``, which is the base optimizer's.
+        backend: ``"native"``, ``"foreach"`` or ``"reference"``; None chooses, see ``python -m sam_fused.info``.
+        track_perturbation: measure the realised perturbation in every step, into ``perturbation`` (slow: for looking).
+        **base_kwargs: the base optimizer's arguments. A base with a keyword of ours (Adadelta's ``rho``) keeps it, and ours
+            is called ``sam_rho`` in the groups and here.
+
+    Attributes:
+        base_optimizer: the base optimizer. Groups and state are shared with it, LR schedulers may use either.
+        losses: ``Losses`` of the last ``step(closure)``, or None.
+        perturbation: ``PerturbationMetrics`` of the last ascent with ``track_perturbation``, or None.
+
+    Raises:
+        TypeError: a base that is no optimizer class or instance, or cannot be one here (LBFGS, SparseAdam, SAM).
+        ValueError: a hyper-parameter out of range.
+    """
+
+    # The scaler leaves unscaling and skipping to `step`; otherwise it would skip `step` after an overflow in the second
+    # pass, and the weights would stay perturbed.
+    _step_supports_amp_scaling = True
+
+    base_optimizer: Optimizer
+    _control: Control
+    _names: dict[str, str]
+
+    def __init__(
+        self,
+        params: Iterable[Any] | Optimizer,
+        base_optimizer: type[Optimizer] | None = None,
+        *,
+        backend: str | None = None,
+        track_perturbation: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        base_keys = _keys_of(params, base_optimizer)
+        names = groups.key_names(base_keys)
+        values = _own_values(kwargs, names, params, base_optimizer)
+        if isinstance(params, Optimizer):
+            if kwargs:
+                raise TypeError(
+                    f"SAM: expected no arguments for the base optimizer because it is given as an instance, got "
+                    f"{', '.join(sorted(kwargs))}: set them where {type(params).__name__} is constructed."
+                )
+            base = params
+        else:
+            assert base_optimizer is not None
+            base = base_optimizer(params, **kwargs)
+        for group in base.param_groups:
+            _check_params(group["params"])
+        groups.fill(base, names, values)
+        control = Control(backend=backend, track_perturbation=track_perturbation)
+        self._attach(base, names, values, control)
+
+    def _attach(self, base: Optimizer, names: dict[str, str], values: dict[str, Any], control: Control) -> None:
+        # Through __dict__: `state` and `param_groups` are properties that read the base's, and Optimizer.__init__ is not
+        # called because it would make a second set of both.
+        self.__dict__.update(base_optimizer=base, _names=names, _control=control)
+        self._ascent = Ascent(control, names)
+        self._descent = Descent(control)
+        defaults = {**base.defaults, **{names[name]: value for name, value in values.items()}}
+        Optimizer.__setstate__(self, {"defaults": defaults})
+        self._warned_capturable_if_run_uncaptured = True
+
+    # ---- what is shared with the base optimizer ----------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = value
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base_optimizer.state = value
+
+    @property
+    def enabled(self) -> bool:
+        """False makes every form of the step the base optimizer's: ``step(closure)`` then calls the closure once."""
+        return self._control.enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._control.enabled = bool(value)
+
+    @property
+    def losses(self) -> Losses | None:
+        if self._control.perturbed_loss is None:
+            return None
+        return Losses(self._control.clean_loss, self._control.perturbed_loss)
+
+    @property
+    def perturbation(self) -> PerturbationMetrics | None:
+        return self._control.perturbation  # type: ignore[no-any-return]
+
+    # ---- the forms of a step -----------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None, *, first_pass_done: bool = False) -> Any:  # type: ignore[override]
+        """Takes a step.
+
+        With a closure (forward, backward, return the loss): clears the gradients, calls it, perturbs, clears, calls it again,
+        restores and takes the base step. Without: restores if ``first_step`` came before, and takes the base step.
+
+        Args:
+            closure: re-evaluates the model; called twice, once while ``enabled`` is False.
+            first_pass_done: the gradients of the first pass are already there; the closure is called once.
+
+        Returns:
+            The clean loss; with ``first_pass_done`` the closure's loss; None without a closure.
+
+        Raises:
+            RuntimeError: not possible in the present state; or a gradient is there that the first pass would drop; or the
+                closure came through ``GradScaler.step``. The weights are clean then, and nothing was changed.
+        """
+        if closure is None:
+            return self._step_without_closure()
+        self._refuse_scaled_closure()
+        self._control.require(Move.STEP_CLOSURE)
+        evaluate = torch.enable_grad()(closure)
+        if self._control.state is State.READY:
+            loss = evaluate()
+            self._base_step()
+            return loss
+        if not first_pass_done:
+            self._refuse_fresh_gradients()
+        if not self._control.enabled:
+            if not first_pass_done:
+                self._clear_gradients()
+            loss = evaluate()
+            self._base_step()
+            return loss
+        clean_loss = None
+        if not first_pass_done:
+            self._clear_gradients()
+            clean_loss = evaluate()
+        with self._perturbed_until_error():
+            perturbed_loss = evaluate()
+            self._base_step()
+        self._control.clean_loss = _detached(clean_loss)
+        self._control.perturbed_loss = _detached(perturbed_loss)
+        return perturbed_loss if first_pass_done else clean_loss
+
+    @contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """The second pass by hand: on entry the weights move to ``w + e`` and the gradients become None; on the way out, also
+        by an exception, the weights are restored bit for bit. Then call ``step()``.
+
+        Raises:
+            RuntimeError: the weights are perturbed already.
+        """
+        self._control.require(Move.PERTURBED)
+        with self._perturbed_until_error():
+            yield
+            self._ascent.restore()
+            self._control.state = State.READY
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Moves the weights to ``w + e``, with the gradients that are there. Then: forward, backward, ``second_step``.
+
+        Raises:
+            RuntimeError: the weights are perturbed already.
+        """
+        self._control.require(Move.FIRST_STEP)
+        self._ascend()
+        self._control.state = State.PERTURBED
+        if zero_grad:
+            self._clear_gradients()
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Restores the weights and takes the base step with the gradients that are there, through ``step``, so that hooks and
+        LR schedulers see it.
+
+        Raises:
+            RuntimeError: ``first_step`` was not called.
+        """
+        self._control.require(Move.SECOND_STEP)
+        self.step()
+        if zero_grad:
+            self._clear_gradients()
+
+    # ---- the moves ---------------------------------------------------------------------------------------------------
+
+    def _step_without_closure(self) -> None:
+        # Where every learning rate is 0 nothing can be trained wrongly: so distributed checkpointing materialises state.
+        plain = self._control.state is State.CLEAN and (
+            not self._control.enabled or all(float(group["lr"]) == 0 for group in self.param_groups)
+        )
+        if not plain:
+            self._control.require(Move.STEP)
+        self._base_step()
+
+    def _ascend(self) -> None:
+        """Perturbs with the present gradients. Whatever is thrown, the weights are clean afterwards."""
+        self._control.perturbation = None
+        if not self._control.enabled:
+            self._ascent.nothing()
+            return
+        params = self._params()
+        self._ascent.perturb(self.param_groups, params, list(map(_grad_of, params)), combined_norm)
+
+    @contextmanager
+    def _perturbed_until_error(self) -> Iterator[None]:
+        try:
+            self._ascend()
+            self._control.state = State.INSIDE
+            self._clear_gradients()
+            yield
+        except BaseException:
+            self._ascent.restore()
+            self._control.state = State.CLEAN
+            raise
+
+    def _base_step(self) -> None:
+        """Restores what is perturbed and runs the base optimizer, in one pass where it has a fused form."""
+        params = self._params()
+        scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+        grads = list(map(_grad_of, params))
+        self._descent.step(self.base_optimizer, self._ascent, params, grads, scale, found_inf)
+        self._control.state = State.CLEAN
+        # What an LR scheduler looks for on either optimizer to know that a step was taken.
+        self.base_optimizer._opt_called = self._opt_called = True  # type: ignore[attr-defined]
+        self._control.left = [None if grad is None else weakref.ref(grad) for grad in grads]
+
+    def _params(self) -> list[Tensor]:
+        return list(chain.from_iterable(group["params"] for group in self.param_groups))
+
+    def _clear_gradients(self) -> None:
+        for param in self._params():
+            param.grad = None
+
+    # ---- refusals ----------------------------------------------------------------------------------------------------
+
+    def _refuse_scaled_closure(self) -> None:
+        if "found_inf" in self.__dict__:
+            raise RuntimeError(
+                "step(closure): expected gradients without a loss scale, got a closure through GradScaler.step: run the two "
+                "backward passes by hand, `scaler.scale(loss).backward()`, `with optimizer.perturbed(): "
+                "scaler.scale(loss_fn()).backward()`, then `scaler.step(optimizer)`."
+            )
+
+    def _refuse_fresh_gradients(self) -> None:
+        grads = list(map(_grad_of, self._params()))
+        if not any(map(is_not, grads, [None] * len(grads))):
+            return
+        left = [None if ref is None else ref() for ref in self._control.left]
+        if len(left) == len(grads) and all(map(is_, grads, left)):
+            return
+        fresh = [g for g, known in zip(grads, left or [None] * len(grads), strict=False) if g is not None and g is not known]
+        if not fresh and len(left) == len(grads):
+            return
+        raise RuntimeError(
+            "step(closure): expected no gradients but those of the previous step, because the first pass clears them, got "
+            f"{len(fresh) or 'other'} fresh ones: call zero_grad() to drop them, step(closure, first_pass_done=True) to use "
+            "them as the first pass, perturbed() to run both passes by hand, or MicroBatchSAM for micro-batches."
+        )
+
+    # ---- torch.optim's interface -------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to both optimizers; SAM's missing keys take their constructor values.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+        """
+        self._control.require(Move.ADD_PARAM_GROUP)
+        base, known = self.base_optimizer, len(self.base_optimizer.param_groups)
+        values = {name: self.defaults[key] for name, key in self._names.items()}
+        candidate = {**{key: values[name] for name, key in self._names.items()}, **param_group}
+        groups.check_group(candidate, self._names, known)
+        base.add_param_group(param_group)
+        try:
+            _check_params(base.param_groups[-1]["params"])
+        except TypeError:
+            base.param_groups.pop()
+            raise
+        groups.fill(base, self._names, values, since=known)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state dict, SAM's group keys in its groups; nothing of the perturbation.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+        """
+        self._control.require(Move.STATE_DICT)
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        result: dict[str, Any] = self.base_optimizer.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            result = post_hook(self, result) or result
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of SAM or of a plain base optimizer; keys of ours that it lacks keep their present values.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+        """
+        self._control.require(Move.LOAD_STATE_DICT)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        present = [{key: group[key] for key in self._names.values()} for group in self.param_groups]
+        self.base_optimizer.load_state_dict(state_dict)
+        for group, kept in zip(self.param_groups, present, strict=True):
+            for key, value in kept.items():
+                group.setdefault(key, value)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def release_buffers(self) -> None:
+        """Frees the backup (once the parameters' size); the next step allocates it again.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+        """
+        self._control.require(Move.ADD_PARAM_GROUP)
+        self._ascent.release()
+        self._descent.release()
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes held by the backup."""
+        return self._ascent.buffer_bytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._control.require(Move.STATE_DICT)
+        settings = (self._control.enabled, self._control.backend, self._control.track_perturbation)
+        own = {name: self.defaults[key] for name, key in self._names.items()}
+        return {"base_optimizer": self.base_optimizer, "names": self._names, "values": own, "settings": settings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "base_optimizer" not in state:  # Optimizer.load_state_dict's way of setting groups and state
+            self.base_optimizer.__setstate__(state)
+            return
+        enabled, backend, track = state["settings"]
+        control = Control(enabled=enabled, backend=backend, track_perturbation=track)
+        self._attach(state["base_optimizer"], state["names"], state["values"], control)
+
+    def __repr__(self) -> str:
+        return f"SAM around {super().__repr__()}".replace("SAM (", f"{type(self.base_optimizer).__name__} (", 1)
+
+
+def perturbed(optimizer: Any) -> Any:
+    """``optimizer.perturbed()`` for a SAM optimizer that a framework has wrapped (Lightning, Accelerate).
+
+    Raises:
+        TypeError: there is no SAM inside.
+    """
+    inner = optimizer
+    while not isinstance(inner, SAM) or "base_optimizer" not in inner.__dict__:
+        inner = getattr(inner, "optimizer", None)
+        if inner is None:
+            raise TypeError(
+                f"perturbed: expected a sam_fused.SAM optimizer or a wrapper around one, got {type(optimizer).__name__}: "
+                "construct SAM(...) and pass that."
+            )
+    return inner.perturbed()
+
+
+def _detached(loss: Any) -> Any:
+    return loss.detach() if isinstance(loss, Tensor) else loss
+
+
+def _keys_of(params: Any, base_optimizer: Any) -> set[str]:
+    """The names that the base optimizer owns, in its groups or its constructor. Refuses bases that cannot be one."""
+    if isinstance(params, Optimizer):
+        if base_optimizer is not None:
+            raise TypeError(
+                "base_optimizer: expected nothing beside an optimizer instance, got "
+                f"{getattr(base_optimizer, '__name__', base_optimizer)!r}: pass SAM(optimizer) or SAM(params, optimizer_class)."
+            )
+        base_class: type[Optimizer] = type(params)
+        keys = set(params.defaults)
+    else:
+        if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
+            raise TypeError(
+                f"base_optimizer: expected an optimizer class such as torch.optim.SGD, got {base_optimizer!r}: "
+                "pass SAM(params, torch.optim.SGD, lr=0.1), or an optimizer instance alone, SAM(optimizer)."
+            )
+        base_class = base_optimizer
+        code = base_class.__init__.__code__
+        keys = set(code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount])
+    for name, reason in (
+        ("LBFGS", "calls its closure many times at weights of its own choosing"),
+        ("SparseAdam", "needs sparse gradients, which SAM's norm and perturbation do not take"),
+    ):
+        if base_class.__name__ == name:
+            raise TypeError(f"base_optimizer: expected a first-order optimizer, got {name}, which {reason}: use SGD or AdamW.")
+    if issubclass(base_class, SAM):
+        raise TypeError("base_optimizer: expected a base optimizer, got SAM itself: pass its base_optimizer.")
+    return keys
+
+
+def _own_values(kwargs: dict[str, Any], names: dict[str, str], params: Any, base_optimizer: Any) -> dict[str, Any]:
+    """Takes SAM's own keywords out of ``kwargs``, leaving the base optimizer's."""
+    values = {}
+    for name, default in groups.DEFAULTS.items():
+        key = names[name]
+        if key != name and name in kwargs and not isinstance(params, Optimizer):
+            raise TypeError(
+                f"{name}: expected {key} for SAM because {base_optimizer.__name__} has a {name} of its own, got {name}="
+                f"{kwargs[name]!r}: pass {key}={default} for SAM's, and set the base's own where you construct it, "
+                f"SAM({base_optimizer.__name__}(params, {name}=...), {key}=...)."
+            )
+        values[name] = kwargs.pop(key, kwargs.pop(name, default) if isinstance(params, Optimizer) else default)
+    return values
+
+
+def _check_params(params: Iterable[Tensor]) -> None:
+    for index, param in enumerate(params):
+        if param.dtype not in SUPPORTED or param.is_quantized or param.layout != torch.strided:
+            raise TypeError(
+                f"parameter {index} of shape {tuple(param.shape)}: expected {SUPPORTED_NAMES}, dense, got {param.dtype} "
+                f"({param.layout}): convert it, or give it to an optimizer of its own."
+            )
