@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -34,8 +35,15 @@ _GRAD_TYPE = frozenset((Tensor, torch.nn.Parameter))
 
 _dtype_of = attrgetter("dtype")
 _is_cpu = attrgetter("is_cpu")
-_layout_of = attrgetter("layout")
 _data_ptr = Tensor.data_ptr
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients that one set has checked: for this step's operations on that set, and no longer."""
+
+    tensors: Sequence[Tensor]
+    addresses: Tensor | None  # int64, for the fast way; None where the lists must be taken
 
 
 def _seen_by_torch_only() -> bool:
@@ -132,33 +140,40 @@ class TensorSet:
         """Whether every address looked up at construction is still the tensor's."""
         return not self._fixed_addresses or _addresses(self._fixed) == self._fixed_addresses
 
-    def _gather(self, grads: Sequence[Tensor]) -> Tensor | None:
-        """The gradients' addresses for the fast way, or None if this call must take the lists."""
-        if self._rows is None or _seen_by_torch_only():
-            return None
-        if not (
-            _GRAD_TYPE.issuperset(map(type, grads))
-            and set(map(_layout_of, grads)) <= {torch.strided}
-            and list(map(_dtype_of, grads)) == self._dtypes
-            and all(map(_is_cpu, grads))
-            and list(map(Tensor.numel, grads)) == self._numels
-        ):
-            return None
-        if not (self._contiguous and all(map(Tensor.is_contiguous, grads))) and not all(
-            map(same_layout, self.params, grads)
-        ):
-            return None
-        return torch.frombuffer(array("q", map(_data_ptr, grads)), dtype=torch.int64)
-
-    def check_gradients(self, grads: Sequence[Tensor], names: Sequence[str] = ()) -> None:
-        """Refuses, in one sentence, gradients that no backend can read.
+    def checked(self, grads: Sequence[Tensor]) -> Gradients:
+        """The gradients, one per parameter, ready for the operations below.
 
         Raises:
             TypeError: a gradient is sparse, quantised, or of an unsupported dtype.
             ValueError: a gradient is on another device, or of another shape, than its parameter.
         """
+        if self._rows is not None and not _seen_by_torch_only() and self._fit_the_rows(grads):
+            return Gradients(grads, torch.frombuffer(array("q", map(_data_ptr, grads)), dtype=torch.int64))
+        self._check_each(grads)
+        return Gradients(grads, None)
+
+    def _fit_the_rows(self, grads: Sequence[Tensor]) -> bool:
+        """Whether reading numel elements of the parameter's dtype from each gradient's address is right.
+
+        One pass in C for each property: a Python loop over all of them would take as long as a small model's kernels.
+        """
+        if not (
+            _GRAD_TYPE.issuperset(map(type, grads))
+            and list(map(_dtype_of, grads)) == self._dtypes
+            and all(map(_is_cpu, grads))
+            and list(map(Tensor.numel, grads)) == self._numels
+        ):
+            return False
+        try:
+            if self._contiguous and all(map(Tensor.is_contiguous, grads)):
+                return True
+        except RuntimeError:  # a sparse layout has no such property
+            return False
+        return all(map(same_layout, self.params, grads))
+
+    def _check_each(self, grads: Sequence[Tensor]) -> None:
         for index, (grad, param) in enumerate(zip(grads, self.params, strict=True)):
-            name = names[index] if names else f"gradient {index}"
+            name = f"gradient {index} of shape {tuple(param.shape)}"
             check_tensor(grad, name)
             if grad.device != param.device or grad.size() != param.size():
                 raise ValueError(
@@ -168,35 +183,31 @@ class TensorSet:
 
     # ---- the operations ----------------------------------------------------------------------------------------------
 
-    def grad_norm(self, grads: Sequence[Tensor], inv_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def grad_norm(self, grads: Gradients, inv_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``functional.grad_norm``. The result tensors are reused by the next call."""
-        addresses = self._gather(grads)
-        if addresses is None:
-            self.check_gradients(grads)
+        if grads.addresses is None:
             params = self.params if any(self.scaling) else ()
-            return functional.grad_norm(grads, params, self.scaling, inv_scale=inv_scale, backend=self.backend)
-        torch.ops.sam_fused.prepared_grad_norm_(self._rows, addresses, self._norm, self._found_inf, inv_scale)
+            return functional.grad_norm(grads.tensors, params, self.scaling, inv_scale=inv_scale, backend=self.backend)
+        torch.ops.sam_fused.prepared_grad_norm_(self._rows, grads.addresses, self._norm, self._found_inf, inv_scale)
         return self._norm, self._found_inf
 
-    def perturb_(self, grads: Sequence[Tensor], norm: Tensor, hyper: Tensor, inv_scale: Tensor | None = None) -> None:
+    def perturb_(self, grads: Gradients, norm: Tensor, hyper: Tensor, inv_scale: Tensor | None = None) -> None:
         """``functional.perturb_``; afterwards ``perturbed`` is 1. If anything is thrown the weights are clean or ``w + e`` and
         ``perturbed`` says which."""
-        addresses = self._gather(grads)
-        if addresses is not None:
-            torch.ops.sam_fused.prepared_perturb_(self._rows, addresses, norm, hyper, self.perturbed, False, inv_scale)
+        if grads.addresses is not None:
+            arguments = (self._rows, grads.addresses, norm, hyper, self.perturbed, False, inv_scale)
+            torch.ops.sam_fused.prepared_perturb_(*arguments)
             increment_version(self.params)
             return
-        self.check_gradients(grads)
         options: dict[str, Any] = {"inv_scale": inv_scale, "backend": self.backend}
         if self.backend == "foreach":
-            self._perturb_in_two_calls(grads, norm, hyper, options)
+            self._perturb_in_two_calls(grads.tensors, norm, hyper, options)
             return
         # The backup first, then the cell, then the weights: an interrupt between any two leaves something restorable.
         functional.restore_(self.backups, self.params, backend=self.backend)
         self.perturbed.fill_(1)
-        functional.perturb_(
-            self.params, self.backups, grads, norm, hyper, self.groups, self.scaling, backup_exists=True, **options
-        )
+        lists = (self.params, self.backups, grads.tensors, norm, hyper, self.groups, self.scaling)
+        functional.perturb_(*lists, backup_exists=True, **options)
 
     def _perturb_in_two_calls(self, grads: Sequence[Tensor], norm: Tensor, hyper: Tensor, options: dict[str, Any]) -> None:
         # foreach copies the backup and then adds, so the backup need not be copied twice as above: if it was interrupted, the
@@ -223,17 +234,15 @@ class TensorSet:
         functional.restore_(self.params, self.backups, backend=self.backend)
         self.perturbed.fill_(0)
 
-    def restore_sgd_(self, grads: Sequence[Tensor], hyper: Tensor, **scalars: Tensor | None) -> None:
+    def restore_sgd_(self, grads: Gradients, hyper: Tensor, **scalars: Tensor | None) -> None:
         """``functional.restore_sgd_`` with the set's momentum buffers."""
-        addresses = self._gather(grads)
-        if addresses is None:
-            self.check_gradients(grads)
+        if grads.addresses is None:
             buffers = self.states[0] if self.states else []
-            lists = (self.params, self.backups, grads, buffers, hyper, self.groups, self.first)
+            lists = (self.params, self.backups, grads.tensors, buffers, hyper, self.groups, self.first)
             functional.restore_sgd_(*lists, **scalars, backend=self.backend)  # type: ignore[arg-type]
             self.perturbed.fill_(0)
         else:
-            torch.ops.sam_fused.prepared_restore_sgd_(self._rows, addresses, hyper, self.perturbed, **scalars)
+            torch.ops.sam_fused.prepared_restore_sgd_(self._rows, grads.addresses, hyper, self.perturbed, **scalars)
             increment_version(self._fixed)
         self._momentum_exists()
 
@@ -243,16 +252,14 @@ class TensorSet:
             if self._rows is not None:
                 self._rows[:, _FIRST_COLUMN] = 0
 
-    def restore_adamw_(self, grads: Sequence[Tensor], hyper: Tensor, **scalars: Tensor | None) -> None:
+    def restore_adamw_(self, grads: Gradients, hyper: Tensor, **scalars: Tensor | None) -> None:
         """``functional.restore_adamw_`` with the set's moments and step counts."""
-        addresses = self._gather(grads)
-        if addresses is None:
-            self.check_gradients(grads)
-            lists = (self.params, self.backups, grads, *self.states, self.steps, hyper, self.groups)
+        if grads.addresses is None:
+            lists = (self.params, self.backups, grads.tensors, *self.states, self.steps, hyper, self.groups)
             functional.restore_adamw_(*lists, **scalars, backend=self.backend)  # type: ignore[arg-type]
             self.perturbed.fill_(0)
             return
-        torch.ops.sam_fused.prepared_restore_adamw_(self._rows, addresses, hyper, self.perturbed, **scalars)
+        torch.ops.sam_fused.prepared_restore_adamw_(self._rows, grads.addresses, hyper, self.perturbed, **scalars)
         increment_version(self._fixed)
 
 

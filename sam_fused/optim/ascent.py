@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sam_fused.ops import backends
 from sam_fused.ops.metrics import perturbation_metrics
-from sam_fused.ops.prepared import HyperTable, TensorSet
+from sam_fused.ops.prepared import Gradients, HyperTable, TensorSet
 
 from .buffers import BackupBuffers
 from .state import Control
@@ -82,7 +82,7 @@ class Ascent:
                 for g in param_groups
             ]
         )
-        picked = [part.pick(grads) for part in self.parts]
+        picked = [part.tensors.checked(part.pick(grads)) for part in self.parts]
         norm = combined_norm([part.tensors.grad_norm(chosen)[0] for part, chosen in zip(self.parts, picked, strict=True)])
         try:
             for part, chosen in zip(self.parts, picked, strict=True):
@@ -94,12 +94,12 @@ class Ascent:
             self.restore()
             raise
 
-    def _measure(self, picked: list[list[Tensor]]) -> None:
+    def _measure(self, picked: list[Gradients]) -> None:
         sets = [part.tensors for part in self.parts]
         self._control.perturbation = perturbation_metrics(
             [p for s in sets for p in s.params],
             [b for s in sets for b in s.backups],
-            [g for chosen in picked for g in chosen],
+            [g for chosen in picked for g in chosen.tensors],
             [flag for s in sets for flag in (s.scaling or [0] * len(s.params))],
         )
 

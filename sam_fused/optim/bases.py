@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -90,6 +91,8 @@ class FusedState:
         self.columns: list[list[Tensor]] = [[] for _ in family.all_state_keys]
         self.steps: list[Tensor] = []
         self._missing: list[tuple[Tensor, str, Tensor]] = []
+        self._seen: tuple[Any, list[Any]] | None = None
+        self._watched: list[Any] = []
         unused = torch.empty(0)
         for param, keys in zip(params, self._keys, strict=True):
             state = base.state.get(param, {})
@@ -118,23 +121,37 @@ class FusedState:
         for param, key, value in self._missing:
             self._base.state[param][key] = value
         self._missing.clear()
+        if not self._seen:
+            self._remember()
+
+    def _remember(self) -> None:
+        state = self._base.state
+        self._seen = (state, list(state.values()))
+        held = [state.get(param) or {} for param in self._params]
+        users = [[d for d, keys in zip(held, self._keys, strict=True) if key in keys] for key in self._family.all_state_keys]
+        used = [
+            [t for t, keys in zip(column, self._keys, strict=False) if key in keys]
+            for column, key in zip(self.columns, self._family.all_state_keys, strict=True)
+        ]
+        self._watched = [
+            *zip(map(itemgetter, self._family.all_state_keys), users, used, strict=True),
+            (itemgetter("step"), held if self.steps else [], self.steps),
+        ]
 
     def is_current(self) -> bool:
-        """Whether ``base.state`` still holds exactly these tensors (loading a checkpoint replaces them)."""
-        if self._missing:
+        """Whether ``base.state`` still holds exactly these tensors (loading a checkpoint replaces them).
+
+        Looked up through the dict's values: a lookup by parameter calls ``Tensor.__hash__``, which is Python.
+        """
+        if not self._seen:
             return False
-        states = list(map(self._base.state.get, self._params))
-        for position, key in enumerate(self._family.all_state_keys):
-            column = self.columns[position]
-            if column and not all(
-                (state or {}).get(key) is value
-                for state, value, keys in zip(states, column, self._keys, strict=True)
-                if key in keys
-            ):
-                return False
-        return not self.steps or all(
-            (state or {}).get("step") is step for state, step in zip(states, self.steps, strict=True)
-        )
+        state, values = self._seen
+        if self._base.state is not state or len(state) != len(values) or not all(map(is_, state.values(), values)):
+            return False
+        try:
+            return all(all(map(is_, map(get, dicts), tensors)) for get, dicts, tensors in self._watched)
+        except KeyError:
+            return False
 
 
 def _wide_default() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import repeat
-from operator import is_, is_not
+from operator import attrgetter, is_, is_not
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from sam_fused.ops.prepared import HyperTable, TensorSet
 from .ascent import Ascent, Part, partition
 from .bases import FusedBase, FusedState, fused_base
 from .state import Control
+
+_is_cpu = attrgetter("is_cpu")
 
 
 class FusedPart:
@@ -50,28 +52,26 @@ class Descent:
     ) -> None:
         """Leaves the weights clean and stepped. If a check fails, nothing has been written."""
         family = fused_base(base)
-        complete = all(map(is_not, grads, repeat(None)))
-        fusible = family is not None and all(p.is_cpu for p in params)
-        if family is None or not fusible:
+        if family is None or not all(map(_is_cpu, params)):
             self._step_unfused(base, ascent, grads, grad_scale, found_inf)
             return
+        complete = all(map(is_not, grads, repeat(None)))
         self._prepare(family, base, ascent, params, grads, complete)
-        scalars = _scalars(grad_scale, found_inf)
         hyper = self._hyper.update([family.hyper(group) for group in base.param_groups])
-        picked = [entry.part.pick(grads) for entry in self._parts]
-        for entry, chosen in zip(self._parts, picked, strict=True):
-            entry.part.tensors.check_gradients(chosen)
+        checked = [entry.part.tensors.checked(entry.part.pick(grads)) for entry in self._parts]
+        scalars = _scalars(grad_scale, found_inf)
         ascending = [part for part in ascent.parts if part.tensors.is_perturbed]
-        stepped = set(grads_present(grads))
-        for part in ascending:
-            # Perturbed, but without a gradient in the second pass: nothing will step it, so it is restored here.
-            if not stepped.issuperset(part.indices):
-                part.tensors.restore_()
-        for entry, chosen in zip(self._parts, picked, strict=True):
+        if not complete:
+            stepped = set(grads_present(grads))
+            for part in ascending:
+                # Perturbed, but without a gradient in the second pass: nothing will step it, so it is restored here.
+                if not stepped.issuperset(part.indices):
+                    part.tensors.restore_()
+        for entry, chosen in zip(self._parts, checked, strict=True):
             family.run(entry.part.tensors, chosen, hyper, **scalars)
             entry.state.commit()
         for part in ascending:
-            part.tensors.perturbed.fill_(0)
+            part.tensors.perturbed.zero_()
 
     def _prepare(
         self,
