@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ def choose(device: torch.device, forced: str | None = None) -> str:
     """
     forced = forced or os.environ.get(_ENVIRONMENT) or None
     if forced is None:
+        _say_once(device.type)
         return _automatic(device)
     if forced not in schema.BACKENDS:
         raise ValueError(
@@ -52,15 +53,16 @@ def choose(device: torch.device, forced: str | None = None) -> str:
     return forced
 
 
-@lru_cache(maxsize=None)
 def _automatic(device: torch.device) -> str:
-    reason = _why_not("native", device)
-    if reason is None:
-        return "native"
-    if device.type == "cpu":
-        # Cached, so said once in a process, when a device whose fast backend is missing is first used.
-        warnings.warn(f"sam_fused uses the slower 'foreach' backend on {device}: {reason}", RuntimeWarning, stacklevel=2)
-    return "foreach"
+    return "native" if _why_not("native", device) is None else "foreach"
+
+
+@cache
+def _say_once(device_type: str) -> None:
+    """Says, once in a process, that a device's fast backend is missing."""
+    reason = _why_not("native", torch.device(device_type))
+    if device_type == "cpu" and reason is not None:
+        warnings.warn(f"sam_fused uses the slower 'foreach' backend on {device_type}: {reason}", RuntimeWarning, stacklevel=3)
 
 
 def report() -> list[dict[str, Any]]:
@@ -71,11 +73,9 @@ def report() -> list[dict[str, Any]]:
     rows = []
     for device in devices:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                backend = choose(device)
-            why_not = _why_not("native", device)
             forced = os.environ.get(_ENVIRONMENT)
+            backend = choose(device, forced) if forced else _automatic(device)
+            why_not = _why_not("native", device)
             reason = f"forced by {_ENVIRONMENT}" if forced else why_not or "the native library covers it"
         except (RuntimeError, ValueError) as error:
             backend, reason = "none", str(error)

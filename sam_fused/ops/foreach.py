@@ -149,10 +149,14 @@ def _scaled(grads: list[Tensor], inv_scale: Tensor | None, clip: Tensor | None) 
 def _fusible(*lists: list[Tensor]) -> bool:
     """Whether torch's own fused kernel may take these lists: one dtype and matching dense layouts."""
     params = lists[0]
-    return params[0].device.type in _FUSED_DEVICES and params[0].dtype in _FUSED_DTYPES and all(
-        entry.dtype == params[0].dtype and type(entry) in (Tensor, torch.nn.Parameter) and same_layout(param, entry)
-        for entries in lists
-        for param, entry in zip(params, entries, strict=True)
+    return (
+        params[0].device.type in _FUSED_DEVICES
+        and params[0].dtype in _FUSED_DTYPES
+        and all(
+            entry.dtype == params[0].dtype and type(entry) in (Tensor, torch.nn.Parameter) and same_layout(param, entry)
+            for entries in lists
+            for param, entry in zip(params, entries, strict=True)
+        )
     )
 
 

@@ -19,7 +19,9 @@ from . import backends, checks, foreach, native, reference, schema
 _PYTHON = {"reference": reference.KERNELS, "foreach": foreach.KERNELS}
 
 
-def _run(op: str, backend: str | None, lists: dict[str, Sequence[Tensor]], reference_list: str, arguments: dict[str, Any]) -> Any:
+def _run(
+    op: str, backend: str | None, lists: dict[str, Sequence[Tensor]], reference_list: str, arguments: dict[str, Any]
+) -> Any:
     name = backends.choose(lists[reference_list][0].device, backend)
     with torch.no_grad():
         if torch.compiler.is_compiling():
@@ -142,8 +144,8 @@ def restore_sgd_(
     """SGD's step from the backup: the restore is free because the step reads the backup instead of the weight.
 
     ``d = g + wd w; v = momentum v + (1 - dampening) d`` (``v = d`` where ``first``); ``w = backup - lr (d + momentum v)`` with
-    Nesterov, else ``backup - lr v``; `torch.optim.SGD`'s rule and order. Reads backup, g, v, writes w, v: 5 accesses per element
-    (3 without momentum). ``backups[i]`` may be ``params[i]``: then it is the plain base step.
+    Nesterov, else ``backup - lr v``; `torch.optim.SGD`'s rule and order. Reads backup, g, v, writes w, v: 5 accesses
+    per element (3 without momentum). ``backups[i]`` may be ``params[i]``: then it is the plain base step.
 
     Args:
         momentum_buffers: one per parameter, or empty if no group has momentum.
@@ -189,8 +191,8 @@ def restore_adamw_(
 ) -> None:
     """Adam's [1412.6980] or AdamW's [1711.05101] step from the backup, `torch.optim.Adam`'s rule and order.
 
-    ``m = m + (1 - beta1)(g - m); v = beta2 v + (1 - beta2) g^2; w = backup' - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t)
-    + eps)`` with ``backup' = (1 - lr wd) backup`` if ``decoupled`` (AdamW), else ``g = g + wd backup`` first (Adam); with
+    ``m = m + (1 - beta1)(g - m); v = beta2 v + (1 - beta2) g^2;
+    w = backup' - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)`` with ``backup' = (1 - lr wd) backup`` if ``decoupled`` (AdamW), else ``g = g + wd backup`` first (Adam); with
     ``amsgrad`` the largest v so far is used. Reads backup, g, m, v, writes w, m, v: 7 accesses per element (9 with amsgrad).
 
     Args:
@@ -205,7 +207,9 @@ def restore_adamw_(
     checks.check_hyper(hyper, schema.ADAM_COLUMNS, groups, len(params))
     _check_last_pass_scalars(inv_scale, found_inf, clip)
     if len(steps) != len(params):
-        raise ValueError(f"steps: expected {len(params)} scalar tensors as there are params, got {len(steps)}: pass one for each.")
+        raise ValueError(
+            f"steps: expected {len(params)} scalar tensors as there are params, got {len(steps)}: pass one for each."
+        )
     for index, step in enumerate(steps):
         checks.check_scalar(step, f"steps[{index}]")
     if not params:

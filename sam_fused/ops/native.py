@@ -46,7 +46,9 @@ def status() -> NativeStatus:
 
     if rows != ROW_WORDS:
         return NativeStatus(
-            False, f"the built library has rows of {rows} words, expected {ROW_WORDS}: rebuild it from these sources", None
+            False,
+            f"the built library has rows of {rows} words, expected {ROW_WORDS}: rebuild it from these sources",
+            None,
         )
     return NativeStatus(True, None, CAPABILITIES[torch.ops.sam_fused.cpu_capability()])
 

@@ -66,9 +66,7 @@ def _grad_norm_fake(grads: list[Tensor], *args: Any, **kwargs: Any) -> tuple[Ten
     return norm, grads[0].new_empty((), dtype=torch.float32)
 
 
-_LAST_PASS = (
-    "Tensor[] accumulators, Tensor? weight=None, Tensor? inv_scale=None, Tensor? found_inf=None, Tensor? clip=None"
-)
+_LAST_PASS = "Tensor[] accumulators, Tensor? weight=None, Tensor? inv_scale=None, Tensor? found_inf=None, Tensor? clip=None"
 
 OPS: dict[str, Op] = {
     op.name: op

@@ -42,7 +42,9 @@ def backend_for(param: Tensor, forced: str | None) -> str:
     return backends.choose(param.device, forced)
 
 
-def partition(params: Sequence[Tensor], indices: Sequence[int], forced: str | None) -> dict[tuple[torch.device, str], list[int]]:
+def partition(
+    params: Sequence[Tensor], indices: Sequence[int], forced: str | None
+) -> dict[tuple[torch.device, str], list[int]]:
     """``indices`` by device and backend."""
     parts: dict[tuple[torch.device, str], list[int]] = {}
     for index in indices:
@@ -78,7 +80,10 @@ class Ascent:
         # Maximizing a function is minimizing its negative, whose gradient is the negative: so is its ascent.
         hyper = self._hyper.update(
             [
-                [-float(g[names["rho"]]) if g.get("maximize") else float(g[names["rho"]]), float(g[names["perturb_eps"]])]
+                [
+                    -float(g[names["rho"]]) if g.get("maximize") else float(g[names["rho"]]),
+                    float(g[names["perturb_eps"]]),
+                ]
                 for g in param_groups
             ]
         )
@@ -114,7 +119,11 @@ class Ascent:
                 part.tensors.restore_()
 
     def _parts(
-        self, param_groups: list[dict[str, Any]], params: list[Tensor], grads: list[Tensor | None], flags: tuple[Any, ...]
+        self,
+        param_groups: list[dict[str, Any]],
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        flags: tuple[Any, ...],
     ) -> list[Part]:
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             self._known.clear()

@@ -30,7 +30,14 @@ class FusedBase:
 
 
 def _sgd_hyper(group: dict[str, Any]) -> list[float]:
-    values = (group["lr"], group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"], group["maximize"])
+    values = (
+        group["lr"],
+        group["momentum"],
+        group["dampening"],
+        group["weight_decay"],
+        group["nesterov"],
+        group["maximize"],
+    )
     return [float(value) for value in values]
 
 

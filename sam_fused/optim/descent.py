@@ -83,9 +83,7 @@ class Descent:
         complete: bool,
     ) -> None:
         perturbed = tuple(id(part) for part in ascent.parts if part.tensors.is_perturbed)
-        layout = tuple(
-            (len(g["params"]), family.state_keys(g), bool(g.get("nesterov"))) for g in base.param_groups
-        )
+        layout = tuple((len(g["params"]), family.state_keys(g), bool(g.get("nesterov"))) for g in base.param_groups)
         key = (id(base), perturbed, layout, None if complete else tuple(grad is None for grad in grads))
         same_params = len(params) == len(self._params) and all(map(is_, params, self._params))
         if key == self._key and same_params and all(entry.is_current() for entry in self._parts):

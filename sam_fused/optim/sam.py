@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sam_fused.ops.checks import SUPPORTED_NAMES
-from sam_fused.ops.dtypes import SUPPORTED
+from sam_fused.ops.dtypes import SUPPORTED, SUPPORTED_NAMES
 from sam_fused.ops.functional import combined_norm
 from sam_fused.ops.metrics import PerturbationMetrics
 

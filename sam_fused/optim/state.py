@@ -46,7 +46,7 @@ TABLE: dict[Move, dict[State, str | None]] = {
         State.INSIDE: _LEAVE,
     },
     Move.STEP: {
-        State.CLEAN: "pass a closure, use perturbed() or first_step() before it, or set enabled = False for the plain base step",
+        State.CLEAN: "pass a closure, use perturbed() or first_step() before it, or set enabled = False for a base step",
         State.READY: None,
         State.PERTURBED: None,
         State.INSIDE: _LEAVE,

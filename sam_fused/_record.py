@@ -1,0 +1,55 @@
+"""Reads what the build wrote down about itself: pip hides what a build prints, so the reason is kept in the package."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+PATH = Path(__file__).with_name("_build_record.json")
+INSTALL = "`pip install --no-build-isolation .`"
+
+
+@dataclass(frozen=True)
+class BuildRecord:
+    """The outcome of the last build of this copy of the package (written by `build_native.py`)."""
+
+    mode: str
+    """What `SAM_FUSED_BUILD` asked for: auto, cpu or none; "unbuilt" where no build ever ran."""
+    native_cpu: bool
+    """Whether the native CPU kernels were built."""
+    reason: str | None
+    """Why there are none, with the remedy: a clause without a full stop. None where there are."""
+    torch: str | None
+    """The torch that the kernels were built against."""
+    compiler: str | None
+    """The first line that the compiler says about its version."""
+    version: str | None
+    """The version of the package that was built."""
+
+
+def build_record(path: Path = PATH) -> BuildRecord:
+    """The build record of this copy of the package.
+
+    Never raises: a missing or unreadable record is itself a reason for having no native kernels.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError:
+        return _without(f"not installed: running from a source tree that was never built; run {INSTALL} there, or `make setup`")
+    try:
+        fields = json.loads(text)
+        return BuildRecord(
+            mode=str(fields["mode"]),
+            native_cpu=bool(fields["native"]["cpu"]),
+            reason=fields["reason"],
+            torch=fields["torch"],
+            compiler=fields["compiler"],
+            version=fields["version"],
+        )
+    except (ValueError, KeyError, TypeError):
+        return _without(f"expected a build record in {path.name}, found something unreadable; build again with {INSTALL}")
+
+
+def _without(reason: str) -> BuildRecord:
+    return BuildRecord("unbuilt", native_cpu=False, reason=reason, torch=None, compiler=None, version=None)

@@ -1,0 +1,1 @@
+"""Development commands. See `tools/dev.py`."""

@@ -1,0 +1,94 @@
+"""`python -m tools.dev setup|build|test|lint|bench|clean`: every development command, each from a fresh clone.
+
+Arguments after the command go to pytest (`test`) or to the benchmark (`bench`). The Makefile's targets are these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from tools.environment import CannotSetUp, install_peers, prepare
+from tools.native import clean, ensure_built
+
+PYTHON_FLOOR = (3, 10)
+
+
+def setup(extra: list[str]) -> int:
+    """everything the other commands need"""
+    environment = prepare("dev")
+    install_peers(environment)
+    ensure_built(environment)
+    return environment.run("-m", "sam_fused.info")
+
+
+def build(extra: list[str]) -> int:
+    """the native library, in place, if its sources changed"""
+    ensure_built(prepare())
+    return 0
+
+
+def test(extra: list[str]) -> int:
+    """pytest over tests/, or over what the arguments say"""
+    environment = prepare("test")
+    ensure_built(environment)
+    return environment.run("-m", "pytest", *extra)
+
+
+def lint(extra: list[str]) -> int:
+    """ruff and mypy"""
+    environment = prepare("lint")
+    checks = [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]]
+    return max([environment.run("-m", *check) for check in checks])
+
+
+def bench(extra: list[str]) -> int:
+    """python -m benchmarks.throughput, with the arguments"""
+    environment = prepare("bench")
+    install_peers(environment)
+    ensure_built(environment)
+    return environment.run("-m", "benchmarks.throughput", *extra)
+
+
+def tidy(extra: list[str]) -> int:
+    """remove what builds, tests and linters left"""
+    clean()
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "setup": setup,
+    "build": build,
+    "test": test,
+    "lint": lint,
+    "bench": bench,
+    "clean": tidy,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.dev",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        epilog="\n".join(f"  {name:6} {command.__doc__}" for name, command in COMMANDS.items()),
+    )
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("extra", nargs=argparse.REMAINDER, help="arguments for pytest or the benchmark")
+    options = parser.parse_args(arguments)
+    if sys.version_info < PYTHON_FLOOR:
+        found = ".".join(map(str, sys.version_info[:2]))
+        parser.error(f"expected Python 3.10 or later, got {found}; set PYTHON to a newer one")
+    try:
+        return COMMANDS[options.command](options.extra)
+    except CannotSetUp as problem:
+        print(f"tools.dev: {problem}.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
