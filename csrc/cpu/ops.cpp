@@ -71,8 +71,10 @@ Rows rows_of(const Tensor& table, const Tensor& grads) {
 }
 
 double value_of(const Tensor& scalar) {
-  STD_TORCH_CHECK(scalar.numel() == 1, "sam_fused: expected a scalar tensor, got ", scalar.numel(), " elements");
-  return scalar.scalar_type() == ScalarType::Double ? *static_cast<const double*>(scalar.data_ptr())
+  const ScalarType dtype = scalar.scalar_type();
+  STD_TORCH_CHECK(scalar.numel() == 1 && (dtype == ScalarType::Double || dtype == ScalarType::Float),
+                  "sam_fused: expected a float32 or float64 tensor of one element, got ", scalar.numel(), " elements");
+  return dtype == ScalarType::Double ? *static_cast<const double*>(scalar.data_ptr())
                                                     : *static_cast<const float*>(scalar.data_ptr());
 }
 

@@ -70,8 +70,12 @@ def grad_norm(
     lists = {"grads": grads, **({"params": params} if any(scaling) else {})}
     if any(scaling):
         # The weights' arrangement in memory is the one to fit: they are the larger and the longer-lived.
-        return _run("grad_norm", backend, lists, "params", {"scaling": list(scaling), "inv_scale": inv_scale})  # type: ignore[no-any-return]
-    return _run("grad_norm", backend, lists, "grads", {"inv_scale": inv_scale})  # type: ignore[no-any-return]
+        scaled: tuple[Tensor, Tensor] = _run(
+            "grad_norm", backend, lists, "params", {"scaling": list(scaling), "inv_scale": inv_scale}
+        )
+        return scaled
+    plain: tuple[Tensor, Tensor] = _run("grad_norm", backend, lists, "grads", {"inv_scale": inv_scale})
+    return plain
 
 
 def perturb_(
@@ -192,8 +196,8 @@ def restore_adamw_(
     """Adam's [1412.6980] or AdamW's [1711.05101] step from the backup, `torch.optim.Adam`'s rule and order.
 
     ``m = m + (1 - beta1)(g - m); v = beta2 v + (1 - beta2) g^2;
-    w = backup' - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)`` with ``backup' = (1 - lr wd) backup`` if ``decoupled`` (AdamW), else ``g = g + wd backup`` first (Adam); with
-    ``amsgrad`` the largest v so far is used. Reads backup, g, m, v, writes w, m, v: 7 accesses per element (9 with amsgrad).
+    w = backup' - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)`` with ``backup' = (1 - lr wd) backup`` if
+    ``decoupled`` (AdamW), else ``g = g + wd backup`` first (Adam); with ``amsgrad`` the largest v so far is used. Reads backup, g, m, v, writes w, m, v: 7 accesses per element (9 with amsgrad).
 
     Args:
         max_exp_avg_sqs: one per parameter, or empty if no group has amsgrad.

@@ -22,7 +22,6 @@ class BackupBuffers:
 
     def __init__(self) -> None:
         self._views: dict[int, tuple[Tensor, Tensor]] = {}
-        self._flat: list[Tensor] = []
 
     def views(self, params: Sequence[Tensor]) -> list[Tensor]:
         """A backup for each parameter. Existing ones keep their address; the missing ones are allocated together."""
@@ -54,7 +53,6 @@ class BackupBuffers:
             total += -(-param.numel() // unit) * unit
         flat = torch.empty(total + unit, dtype=dtype, device=device)
         start = -(flat.data_ptr() // dtype.itemsize) % unit
-        self._flat.append(flat)
         for param, offset in zip(params, offsets, strict=True):
             strides = param.stride() if is_dense(param) else torch.empty(param.size(), device="meta").stride()
             self._views[id(param)] = (param, flat.as_strided(param.size(), strides, start + offset))
@@ -62,8 +60,8 @@ class BackupBuffers:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(flat.numel() * flat.element_size() for flat in self._flat)
+        storages = {view.untyped_storage().data_ptr(): view.untyped_storage().nbytes() for _, view in self._views.values()}
+        return sum(storages.values())
 
     def release(self) -> None:
         self._views.clear()
-        self._flat.clear()

@@ -234,8 +234,13 @@ class SAM(Optimizer):
             RuntimeError: the weights are perturbed already.
         """
         self._control.require(Move.FIRST_STEP)
-        self._ascend()
-        self._control.state = State.PERTURBED
+        try:
+            self._ascend()
+            self._control.state = State.PERTURBED
+        except BaseException:  # an interrupt between the two lines, too
+            self._ascent.restore()
+            self._control.state = State.CLEAN
+            raise
         if zero_grad:
             self._clear_gradients()
 
