@@ -197,7 +197,8 @@ def restore_adamw_(
 
     ``m = m + (1 - beta1)(g - m); v = beta2 v + (1 - beta2) g^2;
     w = backup' - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)`` with ``backup' = (1 - lr wd) backup`` if
-    ``decoupled`` (AdamW), else ``g = g + wd backup`` first (Adam); with ``amsgrad`` the largest v so far is used. Reads backup, g, m, v, writes w, m, v: 7 accesses per element (9 with amsgrad).
+    ``decoupled`` (AdamW), else ``g = g + wd backup`` first (Adam); with ``amsgrad`` the largest v so far is used. Reads
+    backup, g, m, v, writes w, m, v: 7 accesses per element (9 with amsgrad).
 
     Args:
         max_exp_avg_sqs: one per parameter, or empty if no group has amsgrad.

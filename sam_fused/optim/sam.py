@@ -390,7 +390,7 @@ class SAM(Optimizer):
         Raises:
             RuntimeError: the weights are perturbed.
         """
-        self._control.require(Move.ADD_PARAM_GROUP)
+        self._control.require(Move.RELEASE_BUFFERS)
         self._ascent.release()
         self._descent.release()
 

@@ -31,6 +31,7 @@ class Move(Enum):
     LOAD_STATE_DICT = "load_state_dict()"
     ZERO_GRAD = "zero_grad()"
     ADD_PARAM_GROUP = "add_param_group()"
+    RELEASE_BUFFERS = "release_buffers()"
 
 
 _LEAVE = "leave the perturbed() block (or the closure) first"
@@ -57,6 +58,7 @@ TABLE: dict[Move, dict[State, str | None]] = {
     Move.LOAD_STATE_DICT: {State.CLEAN: None, State.READY: None, State.PERTURBED: _FINISH, State.INSIDE: _LEAVE},
     Move.ZERO_GRAD: {State.CLEAN: None, State.READY: None, State.PERTURBED: None, State.INSIDE: None},
     Move.ADD_PARAM_GROUP: {State.CLEAN: None, State.READY: None, State.PERTURBED: _FINISH, State.INSIDE: _LEAVE},
+    Move.RELEASE_BUFFERS: {State.CLEAN: None, State.READY: None, State.PERTURBED: _FINISH, State.INSIDE: _LEAVE},
 }
 
 _WHERE = {
