@@ -444,14 +444,15 @@ def _keys_of(params: Any, base_optimizer: Any) -> set[str]:
         if base_optimizer is not None:
             raise TypeError(
                 "base_optimizer: expected nothing beside an optimizer instance, got "
-                f"{getattr(base_optimizer, '__name__', base_optimizer)!r}: pass SAM(optimizer) or SAM(params, optimizer_class)."
+                f"{getattr(base_optimizer, '__name__', type(base_optimizer).__name__)}: pass SAM(optimizer) or SAM(params, optimizer_class)."
             )
         base_class: type[Optimizer] = type(params)
         keys = set(params.defaults)
     else:
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
+            got = getattr(base_optimizer, "__name__", f"an instance of {type(base_optimizer).__name__}")
             raise TypeError(
-                f"base_optimizer: expected an optimizer class such as torch.optim.SGD, got {base_optimizer!r}: "
+                f"base_optimizer: expected an optimizer class such as torch.optim.SGD, got {got}: "
                 "pass SAM(params, torch.optim.SGD, lr=0.1), or an optimizer instance alone, SAM(optimizer)."
             )
         base_class = base_optimizer
