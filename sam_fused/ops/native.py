@@ -69,11 +69,12 @@ def call(op: str, lists: dict[str, Sequence[Tensor]], reference: str, arguments:
     copies: list[tuple[Tensor, Tensor]] = []
     mutates = schema.OPS[op].mutates
     for name, tensors in lists.items():
+        if name == "steps":  # scalars, whatever their parameter's shape
+            fitted[name] = list(tensors)
+            continue
         fitted[name] = [_fit(t, p) if t.numel() == p.numel() else t for t, p in zip(tensors, params, strict=False)]
         if name in mutates:
             copies += [(t, f) for t, f in zip(tensors, fitted[name], strict=False) if f is not t]
-        if name == "steps":
-            fitted[name] = list(tensors)
     function: Callable[..., Any] = schema.overload(op, "native")
     result = function(**schema.OPS[op].complete({**fitted, **arguments}))
     for tensor, copy in copies:

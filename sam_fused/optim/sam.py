@@ -444,7 +444,8 @@ def _keys_of(params: Any, base_optimizer: Any) -> set[str]:
         if base_optimizer is not None:
             raise TypeError(
                 "base_optimizer: expected nothing beside an optimizer instance, got "
-                f"{getattr(base_optimizer, '__name__', type(base_optimizer).__name__)}: pass SAM(optimizer) or SAM(params, optimizer_class)."
+                f"{getattr(base_optimizer, '__name__', type(base_optimizer).__name__)}: "
+                "pass SAM(optimizer) or SAM(params, optimizer_class)."
             )
         base_class: type[Optimizer] = type(params)
         keys = set(params.defaults)
