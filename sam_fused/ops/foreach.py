@@ -139,10 +139,11 @@ def _scaled(grads: list[Tensor], inv_scale: Tensor | None, clip: Tensor | None) 
     """The gradients times their factors, in a copy: gradients are never written into."""
     if inv_scale is None and clip is None:
         return grads
-    factor = torch.ones((), device=grads[0].device)
+    wide = grads[0].device.type == "cpu" or any(grad.dtype == torch.float64 for grad in grads)
+    factor = torch.ones((), dtype=torch.float64 if wide else torch.float32, device=grads[0].device)
     for scale in (inv_scale, clip):
         if scale is not None:
-            factor = factor * scale.to(factor.device)
+            factor = factor * scale.to(factor)
     return [grad * factor.to(grad.dtype) for grad in grads]
 
 

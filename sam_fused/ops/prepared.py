@@ -99,6 +99,7 @@ class TensorSet:
         self._dtypes = list(map(_dtype_of, self.params))
         self._numels = list(map(Tensor.numel, self.params))
         self._contiguous = all(p.is_contiguous() for p in self.params)
+        self._strides = list(map(Tensor.stride, self.params))
         if self._rows is not None:
             wide = torch.float64 in self._dtypes
             self._norm = torch.zeros((), dtype=torch.float64 if wide else torch.float32)
@@ -137,8 +138,15 @@ class TensorSet:
         return torch.tensor(rows, dtype=torch.int64)
 
     def is_current(self) -> bool:
-        """Whether every address looked up at construction is still the tensor's."""
-        return not self._fixed_addresses or _addresses(self._fixed) == self._fixed_addresses
+        """Whether every address looked up at construction is still the tensor's, and the parameters lie as they did."""
+        if not self._fixed_addresses:
+            return True
+        if _addresses(self._fixed) != self._fixed_addresses:
+            return False
+        # The same memory can be looked at transposed (`p.data = p.data.t()`).
+        if self._contiguous:
+            return all(map(Tensor.is_contiguous, self.params))
+        return list(map(Tensor.stride, self.params)) == self._strides
 
     def checked(self, grads: Sequence[Tensor]) -> Gradients:
         """The gradients, one per parameter, ready for the operations below.
@@ -215,11 +223,11 @@ class TensorSet:
         before = [backup._version for backup in self.backups]
         try:
             functional.perturb_(self.params, self.backups, grads, norm, hyper, self.groups, self.scaling, **options)
+            self.perturbed.fill_(1)
         except BaseException:
             if any(backup._version != version for backup, version in zip(self.backups, before, strict=True)):
                 self.perturbed.fill_(1)
             raise
-        self.perturbed.fill_(1)
 
     @property
     def is_perturbed(self) -> bool:

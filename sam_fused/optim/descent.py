@@ -51,9 +51,13 @@ class Descent:
         found_inf: Any,
     ) -> None:
         """Leaves the weights clean and stepped. If a check fails, nothing has been written."""
+        if isinstance(found_inf, Tensor) and found_inf.is_cpu and bool(found_inf):
+            # Read here only where reading costs nothing: nothing of the base optimizer, not even its state's creation, happens.
+            ascent.restore()
+            return
         family = fused_base(base)
         if family is None or not all(map(_is_cpu, params)):
-            self._step_unfused(base, ascent, grads, grad_scale, found_inf)
+            self._step_unfused(base, ascent, params, grads, grad_scale, found_inf)
             return
         complete = all(map(is_not, grads, repeat(None)))
         self._prepare(family, base, ascent, params, grads, complete)
@@ -124,16 +128,31 @@ class Descent:
         return entries
 
     def _step_unfused(
-        self, base: Optimizer, ascent: Ascent, grads: list[Tensor | None], grad_scale: Tensor | None, found_inf: Any
+        self,
+        base: Optimizer,
+        ascent: Ascent,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        grad_scale: Tensor | None,
+        found_inf: Any,
     ) -> None:
         """Restores, then lets the base optimizer's own ``step`` run, with its hooks. Under a loss scale this waits once."""
         ascent.restore()
         if isinstance(found_inf, Tensor) and bool(found_inf):
             return
-        present = [grad for grad in grads if grad is not None]
-        if grad_scale is not None and present:
-            torch._foreach_mul_(present, float(1.0 / grad_scale.double()))
-        base.step()
+        present = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
+        if grad_scale is None or not present:
+            base.step()
+            return
+        # Unscaled copies stand in for the gradients during the step: gradients are never written into.
+        unscaled = torch._foreach_mul([g for _, g in present], float(1.0 / grad_scale.double()))
+        try:
+            for (param, _), grad in zip(present, unscaled, strict=True):
+                param.grad = grad
+            base.step()
+        finally:
+            for param, grad in present:
+                param.grad = grad
 
     def release(self) -> None:
         self._key = None

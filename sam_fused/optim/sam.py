@@ -123,6 +123,9 @@ class SAM(Optimizer):
         # Through __dict__: `state` and `param_groups` are properties that read the base's, and Optimizer.__init__ is not
         # called because it would make a second set of both.
         self.__dict__.update(base_optimizer=base, _names=names, _control=control)
+        self._fill = _Filler(names, values)
+        base.register_load_state_dict_pre_hook(self._fill.remember)
+        base.register_load_state_dict_post_hook(self._fill.fill)
         self._ascent = Ascent(control, names)
         self._descent = Descent(control)
         defaults = {**base.defaults, **{names[name]: value for name, value in values.items()}}
@@ -185,8 +188,17 @@ class SAM(Optimizer):
             RuntimeError: not possible in the present state; or a gradient is there that the first pass would drop; or the
                 closure came through ``GradScaler.step``. The weights are clean then, and nothing was changed.
         """
-        if closure is None:
-            return self._step_without_closure()
+        try:
+            if closure is None:
+                return self._step_without_closure()
+            return self._step_with_closure(closure, first_pass_done)
+        except BaseException:
+            # A scaler takes these back only after a step that returned; left here they would scale the next one twice.
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
+            raise
+
+    def _step_with_closure(self, closure: Callable[[], Any], first_pass_done: bool) -> Any:
         self._refuse_scaled_closure()
         self._control.require(Move.STEP_CLOSURE)
         evaluate = torch.enable_grad()(closure)
@@ -274,6 +286,7 @@ class SAM(Optimizer):
             self._ascent.nothing()
             return
         params = self._params()
+        self._fill.fill(self.base_optimizer)
         self._ascent.perturb(self.param_groups, params, list(map(_grad_of, params)), combined_norm)
 
     @contextmanager
@@ -295,6 +308,7 @@ class SAM(Optimizer):
         grads = list(map(_grad_of, params))
         self._descent.step(self.base_optimizer, self._ascent, params, grads, scale, found_inf)
         self._control.state = State.CLEAN
+        self._control.clean_loss = self._control.perturbed_loss = None
         # What an LR scheduler looks for on either optimizer to know that a step was taken.
         self.base_optimizer._opt_called = self._opt_called = True  # type: ignore[attr-defined]
         self._control.left = [None if grad is None else weakref.ref(grad) for grad in grads]
@@ -376,11 +390,7 @@ class SAM(Optimizer):
         self._control.require(Move.LOAD_STATE_DICT)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        present = [{key: group[key] for key in self._names.values()} for group in self.param_groups]
         self.base_optimizer.load_state_dict(state_dict)
-        for group, kept in zip(self.param_groups, present, strict=True):
-            for key, value in kept.items():
-                group.setdefault(key, value)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -432,6 +442,30 @@ def perturbed(optimizer: Any) -> Any:
                 "construct SAM(...) and pass that."
             )
     return inner.perturbed()
+
+
+class _Filler:
+    """Keeps our keys in groups that reach the base optimizer without passing through SAM: a plain checkpoint loaded into
+    either, a group added to the base alone."""
+
+    def __init__(self, names: dict[str, str], values: dict[str, Any]) -> None:
+        self._names = names
+        self._values = values
+        self._kept: list[dict[str, Any]] = []
+
+    def remember(self, base: Optimizer, state_dict: dict[str, Any]) -> None:
+        self._kept = [{key: group[key] for key in self._names.values() if key in group} for group in base.param_groups]
+
+    def fill(self, base: Optimizer) -> None:
+        """Gives groups the keys that they lack: those they had before a load, else the constructor's."""
+        last = next(iter(self._names.values()))
+        if not self._kept and all(last in group for group in base.param_groups):
+            return
+        for group, kept in zip(base.param_groups, self._kept, strict=False):
+            for key, value in kept.items():
+                group.setdefault(key, value)
+        self._kept = []
+        groups.fill(base, self._names, self._values)
 
 
 def _detached(loss: Any) -> Any:

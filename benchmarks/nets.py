@@ -1,0 +1,114 @@
+"""The networks of the end-to-end measurement: random weights and synthetic batches, since only speed is looked at."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Net:
+    """One network: `unit` is what a batch is counted in, `threads` None for the run's own number of threads."""
+
+    name: str
+    title: str
+    unit: str
+    units_per_batch: int
+    make: Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]]
+    threads: int | None = None
+    why_not: Callable[[], str | None] = lambda: None
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm around a shortcut (arXiv:1512.03385, figure 2)."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != channels:
+            self.shortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_channels, H, W] -> [N, channels, H / stride, W / stride]."""
+        hidden = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(hidden)) + self.shortcut(x))
+
+
+def small_resnet() -> nn.Module:
+    """A 20-layer ResNet for 32x32 images: 3 stages of 3 blocks, 16 to 64 channels (arXiv:1512.03385, section 4.2)."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    in_channels = 16
+    for channels in (16, 32, 64):
+        for block in range(3):
+            layers.append(BasicBlock(in_channels, channels, 2 if block == 0 and channels != 16 else 1))
+            in_channels = channels
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def tiny_mlp() -> nn.Module:
+    """Eight layers, 64 wide."""
+    layers: list[nn.Module] = []
+    for _ in range(8):
+        layers += [nn.Linear(64, 64), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(64, 10))
+
+
+def _classifier(network: Callable[[], nn.Module], *shape: int) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    inputs, labels = torch.randn(shape), torch.randint(0, 10, (shape[0],))
+    return network(), lambda model: F.cross_entropy(model(inputs), labels)
+
+
+def _vit() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, image_size=64, patch_size=8
+    )
+    inputs, labels = torch.randn(16, 3, 64, 64), torch.randint(0, 2, (16,))
+
+    def loss(model: Any) -> Tensor:
+        return F.cross_entropy(model(pixel_values=inputs).logits, labels)
+
+    return ViTForImageClassification(config), loss
+
+
+def _gpt() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_layer=6, n_embd=192, n_head=6, vocab_size=8192, n_positions=128)
+    tokens = torch.randint(0, config.vocab_size, (4, 128))
+
+    def loss(model: Any) -> Tensor:
+        return model(input_ids=tokens, labels=tokens).loss
+
+    return GPT2LMHeadModel(config), loss
+
+
+def _transformers_missing() -> str | None:
+    if importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed: pip install transformers"
+    return None
+
+
+NETS: dict[str, Net] = {
+    net.name: net
+    for net in (
+        Net("resnet20", "ResNet-20, 32x32, batch 32", "images", 32, lambda: _classifier(small_resnet, 32, 3, 32, 32)),
+        # Measured: a second thread makes nets as small as this one 3 to 8 times slower.
+        Net("tiny_mlp", "9-layer MLP, batch 32", "images", 32, lambda: _classifier(tiny_mlp, 32, 64), threads=1),
+        Net("vit", "ViT, 192 wide, 12 layers, batch 16", "images", 16, _vit, why_not=_transformers_missing),
+        Net("gpt2", "GPT-2, 192 wide, 6 layers, 4 x 128", "tokens", 512, _gpt, why_not=_transformers_missing),
+    )
+}
+DEFAULT_NETS = ("resnet20", "tiny_mlp")
+FULL_NETS = tuple(NETS)

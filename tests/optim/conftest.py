@@ -1,0 +1,37 @@
+"""Fixtures of the optimizer tests."""
+
+import pytest
+import torch
+
+from sam_fused.ops.backends import available_backends
+from tests.optim.helpers import BACKENDS, FORMS
+
+
+@pytest.fixture(autouse=True)
+def _same_start(monkeypatch):
+    monkeypatch.delenv("SAM_FUSED_BACKEND", raising=False)
+    torch.manual_seed(0)
+    # With two threads nets as small as these take several times as long.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    reason = available_backends("cpu")[request.param]
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture
+def fast_backend():
+    """One backend, for what does not depend on it: named, because choosing one may warn that native is missing."""
+    return "native" if available_backends("cpu")["native"] is None else "foreach"
+
+
+@pytest.fixture(params=FORMS)
+def form(request):
+    return request.param
