@@ -67,8 +67,7 @@ def requested_mode() -> str:
     mode = os.environ.get("SAM_FUSED_BUILD", "").strip().lower() or "auto"
     if mode not in MODES:
         raise SystemExit(
-            f"sam_fused: SAM_FUSED_BUILD expected one of {', '.join(MODES)}, got {mode!r}; "
-            "unset it or set it to one of these."
+            f"sam_fused: SAM_FUSED_BUILD expected one of {', '.join(MODES)}, got {mode!r}; unset it or set it to one of these."
         )
     if mode == "cuda":
         raise SystemExit(
@@ -112,9 +111,7 @@ def check_torch() -> str:
         import torch
     except ModuleNotFoundError as error:
         if error.name != "torch":
-            raise CannotBuild(
-                f"torch could not be imported while building ({error}); repair it, then {INSTALL}"
-            ) from None
+            raise CannotBuild(f"torch could not be imported while building ({error}); repair it, then {INSTALL}") from None
         raise CannotBuild(
             f"expected torch>={floor} while building, found none, as under pip's build isolation; "
             f"install torch first, then {INSTALL}"
@@ -125,18 +122,14 @@ def check_torch() -> str:
         ) from None
     found = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if found is None or tuple(map(int, found.groups())) < TORCH_FLOOR:
-        raise CannotBuild(
-            f"expected torch>={floor} while building, found {torch.__version__}; upgrade torch, then {INSTALL}"
-        )
+        raise CannotBuild(f"expected torch>={floor} while building, found {torch.__version__}; upgrade torch, then {INSTALL}")
     return str(torch.__version__)
 
 
 def check_compiler() -> str:
     """The first line of `c++ --version`, for the record."""
     if os.name == "nt":
-        raise CannotBuild(
-            "native kernels expect Linux or macOS, found Windows; nothing to do, the Python path serves it"
-        )
+        raise CannotBuild("native kernels expect Linux or macOS, found Windows; nothing to do, the Python path serves it")
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         raise CannotBuild(
             "native kernels expect a Python with the stable ABI, found a free-threaded one; "

@@ -85,11 +85,12 @@ def _vit() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
 def _gpt() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(n_layer=6, n_embd=192, n_head=6, vocab_size=8192, n_positions=128)
+    config = GPT2Config(n_layer=6, n_embd=192, n_head=6, vocab_size=8192, n_positions=128, bos_token_id=None, eos_token_id=None)
     tokens = torch.randint(0, config.vocab_size, (4, 128))
 
     def loss(model: Any) -> Tensor:
-        return model(input_ids=tokens, labels=tokens).loss
+        logits = model(input_ids=tokens).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
     return GPT2LMHeadModel(config), loss
 

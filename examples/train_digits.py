@@ -1,14 +1,13 @@
 """Train a small conv net on scikit-learn's digits with SGD and with SAM, and look at what SAM changes.
 
-    python examples/train_digits.py --seeds 5 --output digits.png
+    python examples/train_digits.py --seeds 4 --output digits.png
 
 prints a table (mean ± standard error over seeds) and writes a picture. It needs scikit-learn, which brings the data
 (1,797 real 8x8 images: nothing is downloaded), matplotlib and rich.
 
-What to expect: digits saturate. Every sensible net ends with 1 to 1.5 % of the 360 test images wrong, four or five, so
-the difference in accuracy has little statistical power here, whichever way it falls. What does show is the flatter
-minimum: after SAM the loss rises more slowly around the weights. Both rows run the same number of epochs, and SAM takes
-two gradients per step, so it computes twice as many of them.
+What to expect: digits saturate at about 1 % wrong, four of the 360 test images, so the difference in accuracy has little
+statistical power here, whichever way it falls. The loss rises less around SAM's weights, both within rho and, in the mean
+over seeds, along a random direction; part of that is SAM's lower training loss. Per epoch SAM takes twice the gradients.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class Run(NamedTuple):
     """What one training run leaves behind; errors are fractions."""
 
     method: str
-    curves: list[tuple[float, float, float]]  # per epoch: training loss, test loss, test error
+    curves: list[tuple[float, float, float]]  # at the start and after each epoch: training loss, test loss, test error
     validation_error: float
     landscape: list[float]  # training loss at PROBE_DISTANCES
     sharpness: float  # on the training set, at the end
@@ -125,10 +124,10 @@ def filter_normalised_direction(model: nn.Module, seed: int) -> list[Tensor]:
     direction, generator = [], torch.Generator().manual_seed(seed)
     for weight in model.parameters():
         noise = torch.randn(weight.shape, generator=generator)
+        ratio = torch.zeros(len(weight))
         if weight.dim() > 1:
             ratio = weight.detach().flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1)
-            noise *= ratio.view(-1, *[1] * (weight.dim() - 1))
-        direction.append(noise if weight.dim() > 1 else torch.zeros_like(noise))
+        direction.append(noise * ratio.view(-1, *[1] * (weight.dim() - 1)))
     return direction
 
 
@@ -163,7 +162,7 @@ def train(method: str, seed: int, epochs: int, lr: float, rho: float) -> Run:
     model, order = make_net(), torch.Generator().manual_seed(seed)
     optimizer = make_optimizer(method, model, lr, rho)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
-    curves, rise, seconds = [], math.nan, 0.0
+    curves, rise, seconds = [(evaluate(model, train_set)[0], *evaluate(model, test_set))], math.nan, 0.0
     for _ in range(epochs):
         start = time.perf_counter()
         rise = train_epoch(model, optimizer, train_set, order)
@@ -205,8 +204,8 @@ def print_table(runs: list[Run], rho: float) -> None:
         table.add_row(method, test, validation, rise, summary(collect(runs, method, "seconds"), digits=1))
     Console().print(table)
     free = summary(1000 * collect(runs, "SAM", "free_sharpness"))
-    print(f"Loss rise at rho = {rho}: above, over the whole training set; what SAM's own steps read at no cost, batch")
-    print(f"by batch in the last epoch: {free} x 1/1000 (higher: every batch has its own steepest direction)")
+    print(f"Loss rise at rho = {rho}: above, over the whole training set. Read at no cost by SAM's own steps, over the")
+    print(f"batches of the last epoch: {free} x 1/1000 (higher: every batch has its own steepest direction).")
 
 
 def plot(runs: list[Run], path: Path) -> None:
@@ -214,12 +213,11 @@ def plot(runs: list[Run], path: Path) -> None:
     losses, errors, landscape = figure.subplots(1, 3)
     for method, colour in COLOURS.items():
         train_loss, test_loss, test_error = collect(runs, method, "curves").mean(axis=0).T  # [seed, epoch, curve]
-        epochs = range(1, len(train_loss) + 1)
-        losses.plot(epochs, train_loss, "--", c=colour, label=f"{method}, training")
-        losses.plot(epochs, test_loss, c=colour, label=f"{method}, test")
-        errors.plot(epochs, 100 * test_error, c=colour, label=method)
+        losses.plot(train_loss, "--", c=colour, label=f"{method}, training")
+        losses.plot(test_loss, c=colour, label=f"{method}, test")
+        errors.plot(100 * test_error, c=colour, label=method)
         profiles = collect(runs, method, "landscape")
-        landscape.plot(PROBE_DISTANCES, profiles.mean(0), c=colour, label=f"{method}, mean (thin: each seed)")
+        landscape.plot(PROBE_DISTANCES, profiles.mean(axis=0), c=colour, label=f"{method}, mean (thin: each seed)")
         landscape.plot(PROBE_DISTANCES, profiles.T, c=colour, alpha=0.3, lw=0.8)
     losses.set(title="Loss, mean over seeds", xlabel="epoch", yscale="log")
     errors.set(title="Test error in %, mean over seeds", xlabel="epoch", ylim=(0, 10))
@@ -235,15 +233,15 @@ def plot(runs: list[Run], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # Chosen by validation loss on seeds 100 to 103 from lr 0.02, 0.05, 0.1 (the best for both) and rho 0.02 to 0.2.
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=30, help="default: %(default)s")
+    parser.add_argument("--seeds", type=int, default=4, help="number of seeds (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=40, help="default: %(default)s")
     parser.add_argument("--rho", type=float, default=0.1, help="radius of SAM's ball (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=0.05, help="of both optimizers (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "train_digits.png")
     parser.add_argument("--smoke", action="store_true", help="two seeds, five epochs: is everything installed?")
     options = parser.parse_args()
-    size = (2, 5) if options.smoke else (options.seeds, options.epochs)
-    runs = train_all(*size, options.lr, options.rho)
+    seeds, epochs = (2, 5) if options.smoke else (options.seeds, options.epochs)
+    runs = train_all(seeds, epochs, options.lr, options.rho)
     print_table(runs, options.rho)
     plot(runs, options.output)
 

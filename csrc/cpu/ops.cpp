@@ -4,8 +4,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "cpu/kernels.h"
 #include "cpu/launch.h"
@@ -25,32 +27,79 @@ DType code_of(const Tensor& tensor) {
   }
 }
 
-// Rows built from lists. A role that an operation has no list for stays null and is never read.
+// Whether both fill a block of memory of their own and element i of one block is element i of the other's. A dimension of
+// size 1 has no stride that matters.
+bool same_layout(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim() || a.numel() != b.numel()) return false;
+  std::vector<std::pair<int64_t, int64_t>> strides;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != b.size(d)) return false;
+    if (a.size(d) == 1) continue;
+    if (a.stride(d) != b.stride(d)) return a.is_contiguous() && b.is_contiguous();
+    strides.emplace_back(a.stride(d), a.size(d));
+  }
+  std::sort(strides.begin(), strides.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : strides) {
+    if (stride != expected) return a.numel() == 0;
+    expected *= size;
+  }
+  return true;
+}
+
+bool may_be_unused(Role role) { return role == kState0 || role == kState1 || role == kState2; }
+
+// Rows built from lists. A role that an operation has no list for stays null and is never read. These operations can be
+// called by anybody through torch.ops, so whatever could make a kernel leave a tensor's memory is checked here.
 class RowList {
  public:
-  explicit RowList(const Tensors& sizes) : rows_(sizes.size()) {
-    for (size_t i = 0; i < sizes.size(); ++i) rows_[i] = TensorRow{sizes[i].numel(), 0, 0, 0, 0, {}};
+  explicit RowList(Tensors sizes) : sizes_(std::move(sizes)), rows_(sizes_.size()) {
+    for (size_t i = 0; i < sizes_.size(); ++i) rows_[i] = TensorRow{sizes_[i].numel(), 0, 0, 0, 0, {}};
   }
 
   RowList& role(Role role, const Tensors& tensors) {
     if (tensors.empty()) return *this;
-    STD_TORCH_CHECK(tensors.size() == rows_.size(), "sam_fused: expected lists of one length, got ", tensors.size(), " and ",
-                    rows_.size());
+    check_length(tensors.size());
     for (size_t i = 0; i < rows_.size(); ++i) {
-      rows_[i].address[role] = tensors[i].data_ptr();
-      rows_[i].set_dtype(role, code_of(tensors[i]));
+      const Tensor& tensor = tensors[i];
+      STD_TORCH_CHECK(tensor.is_cpu(), "sam_fused: expected tensors on the CPU");
+      if (role == kStep) {
+        STD_TORCH_CHECK(tensor.numel() == 1, "sam_fused: expected step counts of one element, got ", tensor.numel());
+      } else if (tensor.numel() == 0 && may_be_unused(role)) {
+        continue;  // stays null: refused below where the base optimizer needs it
+      } else {
+        STD_TORCH_CHECK(same_layout(sizes_[i], tensor), "sam_fused: expected tensor ", i, " of every list to lie in memory as ",
+                        "its parameter does");
+      }
+      rows_[i].address[role] = tensor.data_ptr();
+      rows_[i].set_dtype(role, code_of(tensor));
     }
     return *this;
   }
 
   RowList& ints(int64_t TensorRow::*field, const Ints& values) {
-    for (size_t i = 0; i < values.size() && i < rows_.size(); ++i) rows_[i].*field = values[i];
+    if (values.empty()) return *this;
+    check_length(values.size());
+    for (size_t i = 0; i < values.size(); ++i) rows_[i].*field = values[i];
+    return *this;
+  }
+
+  // A backup is copied byte by byte.
+  RowList& backups_have_the_weights_dtype() {
+    for (const TensorRow& row : rows_) {
+      STD_TORCH_CHECK(row.dtype(kWeight) == row.dtype(kBackup), "sam_fused: expected backups of their parameters' dtype");
+    }
     return *this;
   }
 
   Rows rows() { return {rows_.data(), static_cast<int64_t>(rows_.size())}; }
 
  private:
+  void check_length(size_t length) const {
+    STD_TORCH_CHECK(length == rows_.size(), "sam_fused: expected lists of one length, got ", length, " and ", rows_.size());
+  }
+
+  Tensors sizes_;
   std::vector<TensorRow> rows_;
 };
 
@@ -93,11 +142,31 @@ void set_norm(const Tensor& norm, const Tensor& found_inf, double value) {
 
 void set_perturbed(const Tensor& perturbed, int64_t value) { *static_cast<int64_t*>(perturbed.data_ptr()) = value; }
 
-const double* table_of(const Tensor& hyper, int64_t columns) {
+const double* table_of(const Tensor& hyper, int64_t columns, Rows rows) {
   STD_TORCH_CHECK(hyper.dim() == 2 && hyper.size(1) == columns && hyper.is_contiguous() &&
                       hyper.scalar_type() == ScalarType::Double,
                   "sam_fused: expected a contiguous float64 hyper-parameter table with ", columns, " columns");
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const int64_t group = rows.data[i].group;
+    STD_TORCH_CHECK(group >= 0 && group < hyper.size(0), "sam_fused: expected groups below ", hyper.size(0), ", got ", group);
+  }
   return static_cast<const double*>(hyper.data_ptr());
+}
+
+// State that the base optimizer reads must be there for every tensor whose group asks for it.
+void check_state(Rows rows, const double* hyper, int64_t columns, int64_t wanted_by, Role role) {
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const TensorRow& row = rows.data[i];
+    STD_TORCH_CHECK(row.numel == 0 || row.address[role] != nullptr || hyper[row.group * columns + wanted_by] == 0,
+                    "sam_fused: expected optimizer state for tensor ", i, " because its group uses it, got none");
+  }
+}
+
+void check_role(Rows rows, Role role) {
+  for (int64_t i = 0; i < rows.count; ++i) {
+    STD_TORCH_CHECK(rows.data[i].numel == 0 || rows.data[i].address[role] != nullptr,
+                    "sam_fused: expected a list with an entry for tensor ", i, ", got none");
+  }
 }
 
 void check_not_accumulating(const Tensors& accumulators, const MaybeTensor& weight) {
@@ -125,6 +194,9 @@ std::tuple<Tensor, Tensor> grad_norm(Tensors grads, Tensors params, Ints scaling
   for (const Tensor& grad : grads) wide = wide || grad.scalar_type() == ScalarType::Double;
   RowList list(grads);
   list.role(kGrad, grads).role(kWeight, params).ints(&TensorRow::scaling, scaling);
+  for (const int64_t code : scaling) {
+    STD_TORCH_CHECK(code == 0 || params.size() == grads.size(), "sam_fused: expected params because a tensor is scaled by them");
+  }
   Tensor norm = new_scalar(grads.at(0), wide ? ScalarType::Double : ScalarType::Float);
   Tensor found_inf = new_scalar(grads.at(0), ScalarType::Float);
   set_norm(norm, found_inf, grad_norm(list.rows(), value_or(inv_scale, 1)));
@@ -136,12 +208,17 @@ void perturb_(Tensors params, Tensors backups, Tensors grads, Tensor norm, Tenso
   RowList list(params);
   list.role(kWeight, params).role(kBackup, backups).role(kGrad, grads);
   list.ints(&TensorRow::group, groups).ints(&TensorRow::scaling, scaling);
-  perturb(list.rows(), value_of(norm), table_of(hyper, kPerturbColumns), value_or(inv_scale, 1), backup_exists);
+  list.backups_have_the_weights_dtype();
+  const Rows rows = list.rows();
+  check_role(rows, kBackup);
+  check_role(rows, kGrad);
+  perturb(rows, value_of(norm), table_of(hyper, kPerturbColumns, rows), value_or(inv_scale, 1), backup_exists);
 }
 
 void restore_(Tensors params, Tensors backups) {
   RowList list(params);
-  list.role(kWeight, params).role(kBackup, backups);
+  list.role(kWeight, params).role(kBackup, backups).backups_have_the_weights_dtype();
+  check_role(list.rows(), kBackup);
   restore(list.rows());
 }
 
@@ -152,7 +229,13 @@ void restore_sgd_(Tensors params, Tensors backups, Tensors grads, Tensors moment
   RowList list(params);
   list.role(kWeight, params).role(kBackup, backups).role(kGrad, grads).role(kState0, momentum_buffers);
   list.ints(&TensorRow::group, groups).ints(&TensorRow::first, first);
-  restore_sgd(list.rows(), table_of(hyper, kSgdColumns), policy_of(inv_scale, found_inf, clip));
+  list.backups_have_the_weights_dtype();
+  const Rows rows = list.rows();
+  check_role(rows, kBackup);
+  check_role(rows, kGrad);
+  const double* table = table_of(hyper, kSgdColumns, rows);
+  check_state(rows, table, kSgdColumns, kMomentum, kState0);
+  restore_sgd(rows, table, policy_of(inv_scale, found_inf, clip));
 }
 
 void restore_adamw_(Tensors params, Tensors backups, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
@@ -163,7 +246,12 @@ void restore_adamw_(Tensors params, Tensors backups, Tensors grads, Tensors exp_
   list.role(kWeight, params).role(kBackup, backups).role(kGrad, grads);
   list.role(kState0, exp_avgs).role(kState1, exp_avg_sqs).role(kState2, max_exp_avg_sqs).role(kStep, steps);
   list.ints(&TensorRow::group, groups);
-  restore_adamw(list.rows(), table_of(hyper, kAdamColumns), policy_of(inv_scale, found_inf, clip));
+  list.backups_have_the_weights_dtype();
+  const Rows rows = list.rows();
+  for (const Role role : {kBackup, kGrad, kState0, kState1, kStep}) check_role(rows, role);
+  const double* table = table_of(hyper, kAdamColumns, rows);
+  check_state(rows, table, kAdamColumns, kAmsgrad, kState2);
+  restore_adamw(rows, table, policy_of(inv_scale, found_inf, clip));
 }
 
 void prepared_grad_norm_(Tensor rows, Tensor grads, Tensor norm, Tensor found_inf, MaybeTensor inv_scale) {
@@ -172,7 +260,8 @@ void prepared_grad_norm_(Tensor rows, Tensor grads, Tensor norm, Tensor found_in
 
 void prepared_perturb_(Tensor rows, Tensor grads, Tensor norm, Tensor hyper, Tensor perturbed, bool backup_exists,
                        MaybeTensor inv_scale) {
-  perturb(rows_of(rows, grads), value_of(norm), table_of(hyper, kPerturbColumns), value_or(inv_scale, 1), backup_exists);
+  const Rows all = rows_of(rows, grads);
+  perturb(all, value_of(norm), table_of(hyper, kPerturbColumns, all), value_or(inv_scale, 1), backup_exists);
   set_perturbed(perturbed, 1);
 }
 
@@ -183,13 +272,15 @@ void prepared_restore_(Tensor rows, Tensor perturbed) {
 
 void prepared_restore_sgd_(Tensor rows, Tensor grads, Tensor hyper, Tensor perturbed, MaybeTensor inv_scale,
                            MaybeTensor found_inf, MaybeTensor clip) {
-  restore_sgd(rows_of(rows, grads), table_of(hyper, kSgdColumns), policy_of(inv_scale, found_inf, clip));
+  const Rows all = rows_of(rows, grads);
+  restore_sgd(all, table_of(hyper, kSgdColumns, all), policy_of(inv_scale, found_inf, clip));
   set_perturbed(perturbed, 0);
 }
 
 void prepared_restore_adamw_(Tensor rows, Tensor grads, Tensor hyper, Tensor perturbed, MaybeTensor inv_scale,
                              MaybeTensor found_inf, MaybeTensor clip) {
-  restore_adamw(rows_of(rows, grads), table_of(hyper, kAdamColumns), policy_of(inv_scale, found_inf, clip));
+  const Rows all = rows_of(rows, grads);
+  restore_adamw(all, table_of(hyper, kAdamColumns, all), policy_of(inv_scale, found_inf, clip));
   set_perturbed(perturbed, 0);
 }
 

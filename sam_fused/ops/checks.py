@@ -54,13 +54,13 @@ def check_tensor(tensor: object, name: str) -> None:
 _MAY_HAVE_EMPTY_ENTRIES = ("momentum_buffers", "max_exp_avg_sqs")
 
 
-def check_lists(reference: Sequence[Tensor], **others: Sequence[Tensor]) -> None:
-    """Every list as long as ``reference``, every tensor on its device and as large as its parameter."""
+def check_lists(reference: Sequence[Tensor], called: str = "params", /, **others: Sequence[Tensor]) -> None:
+    """Every list as long as ``reference``, every tensor on its device and as large as its parameter, backups of its dtype."""
     for index, tensor in enumerate(reference):
-        check_tensor(tensor, f"params[{index}]")
+        check_tensor(tensor, f"{called}[{index}]")
         if tensor.device != reference[0].device:
             raise ValueError(
-                f"params[{index}]: expected device {reference[0].device} as params[0], got {tensor.device}: "
+                f"{called}[{index}]: expected device {reference[0].device} as {called}[0], got {tensor.device}: "
                 "make one call per device."
             )
     for name, tensors in others.items():
@@ -78,17 +78,32 @@ def check_lists(reference: Sequence[Tensor], **others: Sequence[Tensor]) -> None
             unused = name in _MAY_HAVE_EMPTY_ENTRIES and tensor.numel() == 0
             if tensor.size() != param.size() and not unused:
                 raise ValueError(
-                    f"{name}[{index}]: expected shape {tuple(param.size())} as its parameter, got {tuple(tensor.size())}: "
-                    "pass the tensor that belongs to this parameter."
+                    f"{name}[{index}]: expected shape {tuple(param.size())} as its parameter, "
+                    f"got {tuple(tensor.size())}: pass the tensor that belongs to this parameter."
+                )
+            if name == "backups" and tensor.dtype != param.dtype:
+                raise TypeError(
+                    f"{name}[{index}]: expected {param.dtype} as its parameter, got {tensor.dtype}: a backup is a bitwise copy, "
+                    "make it with torch.empty_like(param)."
                 )
 
 
-def check_hyper(hyper: Tensor, columns: tuple[str, ...], groups: Sequence[int], count: int) -> None:
-    """A contiguous float64 table with these columns, and for each tensor a row that exists."""
+def check_hyper(hyper: Tensor, columns: tuple[str, ...], groups: Sequence[int], params: Sequence[Tensor]) -> None:
+    """A contiguous float64 table with these columns, where it can be read, and for each tensor a row that exists."""
+    count = len(params)
+    if not isinstance(hyper, Tensor):
+        raise TypeError(
+            f"hyper: expected a float64 tensor [groups, {len(columns)}], got {type(hyper).__name__}: "
+            "build it with torch.tensor([[...]], dtype=torch.float64)."
+        )
     if hyper.dtype != torch.float64 or hyper.dim() != 2 or hyper.size(1) != len(columns) or not hyper.is_contiguous():
         raise ValueError(
             f"hyper: expected a contiguous float64 table [groups, {len(columns)}] of {', '.join(columns)}, "
             f"got {hyper.dtype} {tuple(hyper.size())}: build it with torch.tensor([[...]], dtype=torch.float64)."
+        )
+    if params and hyper.device.type != "cpu" and hyper.device != params[0].device:
+        raise ValueError(
+            f"hyper: expected a table on the CPU or on {params[0].device} as the parameters, got {hyper.device}: move it there."
         )
     if groups and (len(groups) != count or min(groups) < 0 or max(groups) >= hyper.size(0)):
         raise ValueError(
@@ -99,6 +114,25 @@ def check_hyper(hyper: Tensor, columns: tuple[str, ...], groups: Sequence[int], 
         raise ValueError("hyper: expected at least one row, got none: pass one row per parameter group.")
 
 
+def check_state(
+    states: Sequence[Tensor], name: str, params: Sequence[Tensor], hyper: Tensor, column: int, groups: Sequence[int]
+) -> None:
+    """Base-optimizer state for every parameter whose group has a non-zero hyper-parameter in ``column``."""
+    if hyper.device.type != "cpu":  # not worth waiting for a device
+        return
+    wanted = [row[column] != 0 for row in hyper.tolist()]
+    for index, param in enumerate(params):
+        if not wanted[groups[index] if groups else 0]:
+            continue
+        if not states:
+            raise ValueError(f"{name}: expected one per parameter because a group uses it, got none: pass them.")
+        if states[index].numel() != param.numel():
+            raise ValueError(
+                f"{name}[{index}]: expected shape {tuple(param.size())} because its group uses it, "
+                f"got {tuple(states[index].size())}: pass a tensor like the parameter."
+            )
+
+
 def check_ints(values: Sequence[int], name: str, count: int, allowed: tuple[int, ...]) -> None:
     if values and (len(values) != count or any(value not in allowed for value in values)):
         raise ValueError(
@@ -106,9 +140,15 @@ def check_ints(values: Sequence[int], name: str, count: int, allowed: tuple[int,
         )
 
 
-def check_scalar(scalar: Tensor | None, name: str) -> None:
+def check_scalar(scalar: Tensor | None, name: str, device: torch.device | None = None) -> None:
+    """A float32 or float64 tensor of one element, on ``device`` if that is given; None is fine."""
     if scalar is None:
         return
     if not isinstance(scalar, Tensor) or scalar.numel() != 1 or scalar.dtype not in (torch.float32, torch.float64):
         got = f"{scalar.dtype} {tuple(scalar.size())}" if isinstance(scalar, Tensor) else type(scalar).__name__
         raise TypeError(f"{name}: expected a float32 or float64 tensor of one element, got {got}: use torch.tensor(value).")
+    if device is not None and scalar.device != device:
+        raise ValueError(
+            f"{name}: expected a tensor on {device} as the parameters, got {scalar.device}: move it there, so that no "
+            "operation has to wait for another device."
+        )

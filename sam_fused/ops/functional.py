@@ -62,9 +62,9 @@ def grad_norm(
         The norm, 0-dim fp32 (fp64 if any gradient is fp64), and a 0-dim fp32 flag: 1.0 if the norm is inf or NaN, else 0.0.
     """
     _refuse_accumulators(accumulators, weight)
-    checks.check_lists(grads, **({"params": params} if len(params) or any(scaling) else {}))
+    checks.check_lists(grads, "grads", **({"params": params} if len(params) or any(scaling) else {}))
     checks.check_ints(scaling, "scaling", len(grads), (0, 1))
-    checks.check_scalar(inv_scale, "inv_scale")
+    inv_scale = _scalar(inv_scale, "inv_scale", grads)
     if not grads:
         return torch.zeros(()), torch.zeros(())
     lists = {"grads": grads, **({"params": params} if any(scaling) else {})}
@@ -100,10 +100,9 @@ def perturb_(
         hyper: columns ``rho``, ``perturb_eps``.
     """
     checks.check_lists(params, backups=backups, grads=grads)
-    checks.check_hyper(hyper, schema.PERTURB_COLUMNS, groups, len(params))
+    checks.check_hyper(hyper, schema.PERTURB_COLUMNS, groups, params)
     checks.check_ints(scaling, "scaling", len(params), (0, 1))
-    checks.check_scalar(norm, "norm")
-    checks.check_scalar(inv_scale, "inv_scale")
+    norm, inv_scale = _scalar(norm, "norm", params), _scalar(inv_scale, "inv_scale", params)
     if not params:
         return
     _run(
@@ -159,19 +158,19 @@ def restore_sgd_(
     _refuse_accumulators(accumulators, weight)
     with_momentum = {"momentum_buffers": momentum_buffers}
     checks.check_lists(params, backups=backups, grads=grads, **(with_momentum if len(momentum_buffers) else {}))
-    checks.check_hyper(hyper, schema.SGD_COLUMNS, groups, len(params))
+    checks.check_hyper(hyper, schema.SGD_COLUMNS, groups, params)
     checks.check_ints(first, "first", len(params), (0, 1))
-    _check_last_pass_scalars(inv_scale, found_inf, clip)
+    scalars = _scalars(params, inv_scale=inv_scale, found_inf=found_inf, clip=clip)
     if not params:
         return
-    if not momentum_buffers and bool((hyper[:, 1] != 0).any()):
-        raise ValueError("momentum_buffers: expected one per parameter because a group has momentum, got none: pass them.")
+    momentum = schema.SGD_COLUMNS.index("momentum")
+    checks.check_state(momentum_buffers, "momentum_buffers", params, hyper, momentum, groups)
     _run(
         "restore_sgd_",
         backend,
         {"params": params, "backups": backups, "grads": grads, **with_momentum},
         "params",
-        {"hyper": hyper, "groups": list(groups), "first": list(first), **_scalars(inv_scale, found_inf, clip)},
+        {"hyper": hyper, "groups": list(groups), "first": list(first), **scalars},
     )
 
 
@@ -209,8 +208,8 @@ def restore_adamw_(
     with_max = {"max_exp_avg_sqs": max_exp_avg_sqs}
     moments = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     checks.check_lists(params, backups=backups, grads=grads, **moments, **(with_max if len(max_exp_avg_sqs) else {}))
-    checks.check_hyper(hyper, schema.ADAM_COLUMNS, groups, len(params))
-    _check_last_pass_scalars(inv_scale, found_inf, clip)
+    checks.check_hyper(hyper, schema.ADAM_COLUMNS, groups, params)
+    scalars = _scalars(params, inv_scale=inv_scale, found_inf=found_inf, clip=clip)
     if len(steps) != len(params):
         raise ValueError(
             f"steps: expected {len(params)} scalar tensors as there are params, got {len(steps)}: pass one for each."
@@ -219,24 +218,25 @@ def restore_adamw_(
         checks.check_scalar(step, f"steps[{index}]")
     if not params:
         return
-    if not max_exp_avg_sqs and bool((hyper[:, 6] != 0).any()):
-        raise ValueError("max_exp_avg_sqs: expected one per parameter because a group has amsgrad, got none: pass them.")
+    amsgrad = schema.ADAM_COLUMNS.index("amsgrad")
+    checks.check_state(max_exp_avg_sqs, "max_exp_avg_sqs", params, hyper, amsgrad, groups)
     _run(
         "restore_adamw_",
         backend,
         {"params": params, "backups": backups, "grads": grads, **moments, **with_max, "steps": steps},
         "params",
-        {"hyper": hyper, "groups": list(groups), **_scalars(inv_scale, found_inf, clip)},
+        {"hyper": hyper, "groups": list(groups), **scalars},
     )
 
 
-def _check_last_pass_scalars(inv_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None) -> None:
-    for name, scalar in (("inv_scale", inv_scale), ("found_inf", found_inf), ("clip", clip)):
-        checks.check_scalar(scalar, name)
+def _scalar(scalar: Any, name: str, tensors: Sequence[Tensor]) -> Any:
+    """The checked scalar as a 0-dim tensor: one of shape [1] would broadcast its shape into results."""
+    checks.check_scalar(scalar, name, tensors[0].device if tensors else None)
+    return None if scalar is None else scalar.reshape(())
 
 
-def _scalars(inv_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None) -> dict[str, Tensor | None]:
-    return {"inv_scale": inv_scale, "found_inf": found_inf, "clip": clip}
+def _scalars(tensors: Sequence[Tensor], **scalars: Tensor | None) -> dict[str, Tensor | None]:
+    return {name: _scalar(scalar, name, tensors) for name, scalar in scalars.items()}
 
 
 def combined_norm(norms: Sequence[Tensor]) -> Tensor:

@@ -106,9 +106,7 @@ def test_library_uses_only_the_stable_abis(symbols):
 
 def test_library_offers_its_entry_point_only(symbols):
     _, offered = symbols
-    own = {
-        name for name in offered if not name.startswith("_Z")
-    }  # inline functions of the C++ library stay weak or not
+    own = {name for name in offered if not name.startswith("_Z")}  # inline functions of the C++ library stay weak or not
     assert own - {"_init", "_fini", "_edata", "_end", "__bss_start"} == {"PyInit__C"}
     assert not [name for name in offered if "sam_fused" in name]
 

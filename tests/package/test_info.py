@@ -61,9 +61,7 @@ def test_report_tells_a_library_that_does_not_load_from_one_that_was_not_built(m
 
 
 def test_json_is_one_object_with_the_same_facts(machine, capsys):
-    machine(
-        BUILT, native.NativeStatus(True, None, "avx512"), [{"device": "cpu", "backend": "native", "reason": "built"}]
-    )
+    machine(BUILT, native.NativeStatus(True, None, "avx512"), [{"device": "cpu", "backend": "native", "reason": "built"}])
     info.main(["--json"])
     facts = json.loads(capsys.readouterr().out)
     assert facts["build"]["torch"] == "2.11.0"

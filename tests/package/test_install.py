@@ -105,9 +105,7 @@ def test_first_optimizer_says_once_why_it_is_slow(pure_wheel, environment, tmp_p
     assert printed.count(REMEDY) == 1, printed
 
 
-def test_editable_install_builds_in_place_and_a_pure_one_removes_the_library(
-    checkout, native_wheel, native_environment
-):
+def test_editable_install_builds_in_place_and_a_pure_one_removes_the_library(checkout, native_wheel, native_environment):
     status, printed = native_environment.install(checkout, "-e")
     assert status == 0, printed
     library = checkout / "sam_fused" / "_C.abi3.so"
