@@ -83,8 +83,8 @@ def check_lists(reference: Sequence[Tensor], called: str = "params", /, **others
                 )
             if name == "backups" and tensor.dtype != param.dtype:
                 raise TypeError(
-                    f"{name}[{index}]: expected {param.dtype} as its parameter, got {tensor.dtype}: a backup is a bitwise copy, "
-                    "make it with torch.empty_like(param)."
+                    f"{name}[{index}]: expected {param.dtype} as its parameter, got {tensor.dtype}: a backup is a copy "
+                    "of the bits, make it with torch.empty_like(param)."
                 )
 
 

@@ -141,7 +141,7 @@ class TensorSet:
         """Whether every address looked up at construction is still the tensor's, and the parameters lie as they did."""
         if not self._fixed_addresses:
             return True
-        if _addresses(self._fixed) != self._fixed_addresses:
+        if _addresses(self._fixed) != self._fixed_addresses or list(map(_dtype_of, self.params)) != self._dtypes:
             return False
         # The same memory can be looked at transposed (`p.data = p.data.t()`).
         if self._contiguous:
