@@ -40,6 +40,8 @@ COMPILE_FLAGS = [
     "-std=c++20",
     "-g0",
     "-ffp-contract=off",  # element.h names every fma; the compiler adding more would make bits differ by machine
+    "-fno-math-errno",  # sqrt that may set errno is a call, and a loop with a call in it is not vectorised
+    "-fno-trapping-math",  # nobody reads the floating-point flags; no result changes
     "-fvisibility=hidden",
     f"-ffile-prefix-map={ROOT}{os.sep}=",  # error messages name csrc/..., not the folder of whoever built the wheel
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
