@@ -115,7 +115,10 @@ Rows rows_of(const Tensor& table, const Tensor& grads) {
   STD_TORCH_CHECK(grads.numel() == rows.count && grads.scalar_type() == ScalarType::Long && grads.is_contiguous(),
                   "sam_fused: expected one int64 gradient address per row");
   const auto* addresses = static_cast<const int64_t*>(grads.data_ptr());
-  for (int64_t i = 0; i < rows.count; ++i) rows.data[i].address[kGrad] = reinterpret_cast<void*>(addresses[i]);
+  for (int64_t i = 0; i < rows.count; ++i) {
+    STD_TORCH_CHECK(addresses[i] != 0 || rows.data[i].numel == 0, "sam_fused: expected an address for gradient ", i);
+    rows.data[i].address[kGrad] = reinterpret_cast<void*>(addresses[i]);
+  }
   return rows;
 }
 
@@ -197,6 +200,8 @@ std::tuple<Tensor, Tensor> grad_norm(Tensors grads, Tensors params, Ints scaling
   for (const int64_t code : scaling) {
     STD_TORCH_CHECK(code == 0 || params.size() == grads.size(), "sam_fused: expected params because a tensor is scaled by them");
   }
+  check_role(list.rows(), kGrad);
+  if (!params.empty()) check_role(list.rows(), kWeight);
   Tensor norm = new_scalar(grads.at(0), wide ? ScalarType::Double : ScalarType::Float);
   Tensor found_inf = new_scalar(grads.at(0), ScalarType::Float);
   set_norm(norm, found_inf, grad_norm(list.rows(), value_or(inv_scale, 1)));
@@ -210,15 +215,14 @@ void perturb_(Tensors params, Tensors backups, Tensors grads, Tensor norm, Tenso
   list.ints(&TensorRow::group, groups).ints(&TensorRow::scaling, scaling);
   list.backups_have_the_weights_dtype();
   const Rows rows = list.rows();
-  check_role(rows, kBackup);
-  check_role(rows, kGrad);
+  for (const Role role : {kWeight, kBackup, kGrad}) check_role(rows, role);
   perturb(rows, value_of(norm), table_of(hyper, kPerturbColumns, rows), value_or(inv_scale, 1), backup_exists);
 }
 
 void restore_(Tensors params, Tensors backups) {
   RowList list(params);
   list.role(kWeight, params).role(kBackup, backups).backups_have_the_weights_dtype();
-  check_role(list.rows(), kBackup);
+  for (const Role role : {kWeight, kBackup}) check_role(list.rows(), role);
   restore(list.rows());
 }
 
@@ -231,8 +235,7 @@ void restore_sgd_(Tensors params, Tensors backups, Tensors grads, Tensors moment
   list.ints(&TensorRow::group, groups).ints(&TensorRow::first, first);
   list.backups_have_the_weights_dtype();
   const Rows rows = list.rows();
-  check_role(rows, kBackup);
-  check_role(rows, kGrad);
+  for (const Role role : {kWeight, kBackup, kGrad}) check_role(rows, role);
   const double* table = table_of(hyper, kSgdColumns, rows);
   check_state(rows, table, kSgdColumns, kMomentum, kState0);
   restore_sgd(rows, table, policy_of(inv_scale, found_inf, clip));
@@ -248,7 +251,7 @@ void restore_adamw_(Tensors params, Tensors backups, Tensors grads, Tensors exp_
   list.ints(&TensorRow::group, groups);
   list.backups_have_the_weights_dtype();
   const Rows rows = list.rows();
-  for (const Role role : {kBackup, kGrad, kState0, kState1, kStep}) check_role(rows, role);
+  for (const Role role : {kWeight, kBackup, kGrad, kState0, kState1, kStep}) check_role(rows, role);
   const double* table = table_of(hyper, kAdamColumns, rows);
   check_state(rows, table, kAdamColumns, kAmsgrad, kState2);
   restore_adamw(rows, table, policy_of(inv_scale, found_inf, clip));

@@ -31,6 +31,15 @@ def available_backends(device: torch.device | str) -> dict[str, str | None]:
     return {backend: _why_not(backend, device) for backend in schema.BACKENDS}
 
 
+def check_name(forced: str | None) -> None:
+    """Raises ValueError for a name that is no backend's; None is fine."""
+    if forced is not None and forced not in schema.BACKENDS:
+        raise ValueError(
+            f"backend: expected one of {', '.join(schema.BACKENDS)}, got {forced!r}: pass one of these as backend= "
+            f"or in {_ENVIRONMENT}, or leave both out."
+        )
+
+
 def choose(device: torch.device, forced: str | None = None) -> str:
     """The backend for ``device``: the forced one, else native if it serves the device, else foreach.
 
@@ -42,11 +51,7 @@ def choose(device: torch.device, forced: str | None = None) -> str:
     if forced is None:
         _say_once(device.type)
         return _automatic(device)
-    if forced not in schema.BACKENDS:
-        raise ValueError(
-            f"backend: expected one of {', '.join(schema.BACKENDS)}, got {forced!r}: pass one of these as backend= "
-            f"or in {_ENVIRONMENT}, or leave both out."
-        )
+    check_name(forced)
     reason = _why_not(forced, device)
     if reason is not None:
         raise RuntimeError(f"backend {forced!r} cannot serve {device}: {reason}; leave backend= and {_ENVIRONMENT} out.")

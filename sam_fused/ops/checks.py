@@ -118,7 +118,7 @@ def check_state(
     states: Sequence[Tensor], name: str, params: Sequence[Tensor], hyper: Tensor, column: int, groups: Sequence[int]
 ) -> None:
     """Base-optimizer state for every parameter whose group has a non-zero hyper-parameter in ``column``."""
-    if hyper.device.type != "cpu":  # not worth waiting for a device
+    if hyper.device.type != "cpu" or torch.compiler.is_compiling():  # waiting for a device, or guessing, is not worth it
         return
     wanted = [row[column] != 0 for row in hyper.tolist()]
     for index, param in enumerate(params):

@@ -1,8 +1,10 @@
 """torch's multi-tensor calls: what runs on any device, without a compiler.
 
-The lists are walked a few times instead of once, in their storage dtype's arithmetic as torch defines it, so a half-precision
-value may differ from the native backend's by one unit in the last place. Nothing here waits for an accelerator: on the CPU,
-where reading a scalar costs nothing, factors are Python numbers and the perturbation is in place; elsewhere they stay tensors.
+The lists are walked a few times instead of once. The norm and the perturbation of half-precision lists go through fp32 copies,
+because factors and products overflow there; the base steps are torch's own, which round every intermediate list to storage,
+so a half-precision value may differ from the native backend's by a unit in the last place. Nothing here waits for an
+accelerator: on the CPU, where reading a scalar costs nothing, factors are Python numbers and the perturbation is in place;
+elsewhere they stay tensors.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from . import schema
 from .checks import same_layout
+from .dtypes import arithmetic_dtype
 
 # Between these a sum of squares in fp32 cannot have overflowed, and what vanished cannot have mattered.
 _SAFE_NORM = (1e-15, 1e15)
@@ -45,13 +48,17 @@ def _pick(tensors: Sequence[Tensor], indices: list[int]) -> list[Tensor]:
     return list(tensors) if len(indices) == len(tensors) else [tensors[index] for index in indices]
 
 
-def _norms_of(values: list[Tensor]) -> Tensor:
-    """The root of the sum of squares of everything, one scalar, over the dtype's whole range."""
+def _widened(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in the dtype they are computed in: half-precision ones are copied to fp32."""
+    return [tensor.to(arithmetic_dtype(tensor.dtype)) for tensor in tensors]
+
+
+def _norms_of(values: list[Tensor], inv_scale: Tensor | None) -> Tensor:
+    """The root of the sum of squares of everything times ``inv_scale``, one scalar, over the dtype's whole range."""
     wide = any(value.dtype == torch.float64 for value in values)
     dtype = torch.float64 if wide else torch.float32
-    # Half-precision squares overflow from 256 on and vanish below 2.4e-4: those lists are widened first.
-    values = [value.float() if value.dtype in (torch.float16, torch.bfloat16) else value for value in values]
-    values = [value for value in values if value.numel()]
+    # Half-precision squares overflow from 256 on and vanish below 2.4e-4.
+    values = [value for value in _widened(values) if value.numel()]
     if not values:
         return torch.zeros((), dtype=dtype)
     if values[0].device.type == "cpu":
@@ -59,12 +66,15 @@ def _norms_of(values: list[Tensor]) -> Tensor:
         in_range = all(n == 0 or _SAFE_NORM[0] < n < _SAFE_NORM[1] for n in norms.tolist())
         # Zero may be a sum of squares that vanished, so only a list whose tensors all have a sound norm ends here.
         if in_range and not bool((norms == 0).any()):
-            return torch.linalg.vector_norm(norms).to(dtype)
+            norm = torch.linalg.vector_norm(norms)
+            return (norm if inv_scale is None else norm * inv_scale).to(dtype)
     # Divided by the largest element, in a copy: right over the whole range, without fp64, which not every device has.
     largest = torch.stack([n.to(dtype) for n in torch._foreach_norm(values, float("inf"))]).amax()
     scale = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
     shrunk = [value / scale.to(value.dtype) for value in values]
     norms = torch.stack([n.to(dtype) for n in torch._foreach_norm(shrunk)])
+    if inv_scale is not None:  # before the norm reaches its full size: unscaled it may be in range, scaled not
+        scale = scale * inv_scale.to(dtype)
     norm = torch.linalg.vector_norm(norms) * scale
     return torch.where(largest.isfinite(), norm, largest)
 
@@ -82,12 +92,10 @@ def grad_norm(
     for (scaled,), indices in _by_group(len(grads), scaling):
         chosen = _pick(grads, indices)
         if scaled:
-            wide = [g.float() if g.dtype in (torch.float16, torch.bfloat16) else g for g in chosen]
+            wide = _widened(chosen)
             chosen = list(torch._foreach_mul(wide, [w.to(g.dtype) for w, g in zip(_pick(params, indices), wide, strict=True)]))
         values += chosen
-    norm = _norms_of(values).to(grads[0].device)
-    if inv_scale is not None:
-        norm = norm * inv_scale.to(norm.dtype)
+    norm = _norms_of(values, inv_scale).to(grads[0].device)
     return norm, (~norm.isfinite()).float()
 
 
@@ -108,7 +116,9 @@ def perturb_(
     on_cpu = params[0].device.type == "cpu"
     for (group, scaled), indices in _by_group(len(params), groups, scaling):
         rho, perturb_eps = table[group]
-        chosen, directions = _pick(params, indices), _pick(grads, indices)
+        stored = _pick(params, indices)
+        # Where nothing had to be widened these are the parameters themselves, updated in place.
+        moved, directions = _widened(stored), _widened(_pick(grads, indices))
         if scaled:
             clean = _pick(backups, indices)
             directions = list(torch._foreach_mul(directions, clean))
@@ -117,16 +127,20 @@ def perturb_(
             length = float(norm)
             c = rho / (length + perturb_eps) if length + perturb_eps else 0.0
             c *= 1.0 if inv_scale is None else float(inv_scale)
-            if length and isfinite(length) and isfinite(c) and c:
-                torch._foreach_add_(chosen, directions, alpha=c)
-            continue
-        ratio = rho / (norm + perturb_eps)
-        if inv_scale is not None:
-            ratio = ratio * inv_scale
-        sound = norm.isfinite() & (norm != 0) & ratio.isfinite()
-        # where() and not a product with zero: 0 * inf is NaN.
-        steps = [torch.where(sound, d * ratio.to(d.dtype), torch.zeros_like(d)) for d in directions]
-        torch._foreach_add_(chosen, steps)
+            if not (length and isfinite(length) and isfinite(c) and c):
+                continue
+            torch._foreach_add_(moved, directions, alpha=c)
+        else:
+            ratio = rho / (norm + perturb_eps)
+            if inv_scale is not None:
+                ratio = ratio * inv_scale
+            sound = norm.isfinite() & (norm != 0) & ratio.isfinite()
+            # where() and not a product with zero: 0 * inf is NaN.
+            steps = [torch.where(sound, d * ratio.to(d.dtype), torch.zeros_like(d)) for d in directions]
+            torch._foreach_add_(moved, steps)
+        rounded = [index for index, (wide, param) in enumerate(zip(moved, stored, strict=True)) if wide is not param]
+        if rounded:
+            torch._foreach_copy_([stored[index] for index in rounded], [moved[index] for index in rounded])
 
 
 def restore_(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:

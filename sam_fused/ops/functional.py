@@ -19,19 +19,29 @@ from . import backends, checks, foreach, native, reference, schema
 _PYTHON = {"reference": reference.KERNELS, "foreach": foreach.KERNELS}
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _chosen(device: str, backend: str | None) -> str:
+    """``backends.choose``, which loads libraries and warns, out of a compiler's sight."""
+    return backends.choose(torch.device(device), backend)
+
+
 def _run(
     op: str, backend: str | None, lists: dict[str, Sequence[Tensor]], reference_list: str, arguments: dict[str, Any]
 ) -> Any:
-    name = backends.choose(lists[reference_list][0].device, backend)
+    device = lists[reference_list][0].device
+    compiling = torch.compiler.is_compiling()
+    name = _chosen(str(device), backend) if compiling else backends.choose(device, backend)
     with torch.no_grad():
-        if torch.compiler.is_compiling():
+        if name == "native":
+            result = native.call(op, lists, reference_list, arguments)
+        elif compiling:
             # Opaque to the compiler: its in-place lists are functionalised from the schema.
             full = schema.OPS[op].complete({**{k: list(v) for k, v in lists.items()}, **arguments})
             return schema.overload(op, name)(**full)
-        if name == "native":
-            result = native.call(op, lists, reference_list, arguments)
         else:
             result = _PYTHON[name][op](**lists, **arguments)
+    if compiling:
+        return result
     # A mutable schema alone does not do this: without it autograd would use overwritten values in silence.
     touched = [tensor for name in schema.OPS[op].mutates for tensor in lists[name]]
     if touched:
@@ -66,6 +76,7 @@ def grad_norm(
     checks.check_ints(scaling, "scaling", len(grads), (0, 1))
     inv_scale = _scalar(inv_scale, "inv_scale", grads)
     if not grads:
+        backends.check_name(backend)
         return torch.zeros(()), torch.zeros(())
     lists = {"grads": grads, **({"params": params} if any(scaling) else {})}
     if any(scaling):
@@ -104,6 +115,7 @@ def perturb_(
     checks.check_ints(scaling, "scaling", len(params), (0, 1))
     norm, inv_scale = _scalar(norm, "norm", params), _scalar(inv_scale, "inv_scale", params)
     if not params:
+        backends.check_name(backend)
         return
     _run(
         "perturb_",
@@ -124,8 +136,10 @@ def perturb_(
 def restore_(params: Sequence[Tensor], backups: Sequence[Tensor], *, backend: str | None = None) -> None:
     """``w = backup``, bit for bit, in place. Reads backup, writes w: 2 accesses per element."""
     checks.check_lists(params, backups=backups)
-    if params:
-        _run("restore_", backend, {"params": params, "backups": backups}, "params", {})
+    if not params:
+        backends.check_name(backend)
+        return
+    _run("restore_", backend, {"params": params, "backups": backups}, "params", {})
 
 
 def restore_sgd_(
@@ -162,6 +176,7 @@ def restore_sgd_(
     checks.check_ints(first, "first", len(params), (0, 1))
     scalars = _scalars(params, inv_scale=inv_scale, found_inf=found_inf, clip=clip)
     if not params:
+        backends.check_name(backend)
         return
     momentum = schema.SGD_COLUMNS.index("momentum")
     checks.check_state(momentum_buffers, "momentum_buffers", params, hyper, momentum, groups)
@@ -217,6 +232,7 @@ def restore_adamw_(
     for index, step in enumerate(steps):
         checks.check_scalar(step, f"steps[{index}]")
     if not params:
+        backends.check_name(backend)
         return
     amsgrad = schema.ADAM_COLUMNS.index("amsgrad")
     checks.check_state(max_exp_avg_sqs, "max_exp_avg_sqs", params, hyper, amsgrad, groups)
@@ -232,7 +248,7 @@ def restore_adamw_(
 def _scalar(scalar: Any, name: str, tensors: Sequence[Tensor]) -> Any:
     """The checked scalar as a 0-dim tensor: one of shape [1] would broadcast its shape into results."""
     checks.check_scalar(scalar, name, tensors[0].device if tensors else None)
-    return None if scalar is None else scalar.reshape(())
+    return scalar if scalar is None or scalar.dim() == 0 else scalar.reshape(())
 
 
 def _scalars(tensors: Sequence[Tensor], **scalars: Tensor | None) -> dict[str, Tensor | None]:

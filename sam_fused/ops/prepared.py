@@ -3,9 +3,10 @@
 A ``TensorSet`` is what the optimizer layer talks to. It has two ways into the same kernels. The fast one, for the native
 backend and plain tensors, keeps an int64 table with one row per tensor (``TensorRow`` in ``csrc/plan.h``) and hands over one
 int64 tensor of the fresh gradients' addresses: marshalling eight lists of 161 tensors into C++ costs 0.2 ms, more than the
-arithmetic of a small model. Everything an address stands for is checked on every call: each cached address against the
-tensor's present one, each gradient for type, device, dtype, size and layout. Whatever does not fit, and whatever a compiler or
-a dispatch mode must see, takes the list operations of ``sam_fused.ops.functional``.
+arithmetic of a small model. Everything an address stands for is checked on every step: ``is_current`` holds each cached
+address against the tensor's present one (whoever keeps a set asks before using it, and makes a new one if not), ``checked``
+looks at each gradient's type, device, dtype, size and layout. Whatever does not fit, and whatever a compiler or a dispatch
+mode must see, takes the list operations of ``sam_fused.ops.functional``.
 """
 
 from __future__ import annotations
@@ -99,6 +100,9 @@ class TensorSet:
         self._dtypes = list(map(_dtype_of, self.params))
         self._numels = list(map(Tensor.numel, self.params))
         self._contiguous = all(p.is_contiguous() for p in self.params)
+        # A gradient that autograd hands over may be a lazily negated view (`x.conj().imag`), whose memory holds the other sign.
+        # Its stride is 2, so that it passes for contiguous only where there is a single element.
+        self._single = [index for index, numel in enumerate(self._numels) if numel == 1]
         self._strides = list(map(Tensor.stride, self.params))
         if self._rows is not None:
             wide = torch.float64 in self._dtypes
@@ -108,18 +112,23 @@ class TensorSet:
     # ---- construction and validity -----------------------------------------------------------------------------------
 
     def _has_plain_memory(self) -> bool:
-        return all(type(t) in _PLAIN_TYPES and t.layout == torch.strided for t in (*self._fixed, *self.backups))
+        return all(
+            type(t) in _PLAIN_TYPES and t.layout == torch.strided and not t.is_neg() for t in (*self._fixed, *self.backups)
+        )
 
     def _build_rows(self) -> Tensor | None:
         """The table, or None where a tensor's memory is not arranged as its parameter's."""
-        columns: list[Sequence[Tensor]] = [self.params, self.backups, [], *self.states]
-        for column in columns:
-            for tensor, param in zip(column, self.params, strict=False):
-                unused = tensor.numel() == 0
-                if not unused and (tensor.dtype not in SUPPORTED or not tensor.is_cpu or not same_layout(param, tensor)):
-                    return None
         if not all(is_dense(p) and p.is_cpu and p.dtype in SUPPORTED for p in self.params):
             return None
+        if not all(
+            b.dtype == p.dtype and b.is_cpu and same_layout(p, b) for b, p in zip(self.backups, self.params, strict=True)
+        ):
+            return None
+        for column in filter(None, self.states):
+            for tensor, param in zip(column, self.params, strict=True):
+                unused = tensor.numel() == 0  # by this parameter's group; the kernels look at the hyper-parameters first
+                if not unused and (tensor.dtype not in SUPPORTED or not tensor.is_cpu or not same_layout(param, tensor)):
+                    return None
         if not all(s.is_cpu and s.numel() == 1 and s.dtype in (torch.float32, torch.float64) for s in self.steps):
             return None
         by_role: dict[str, Sequence[Tensor]] = {"weight": self.params, "backup": self.backups, "step": self.steps}
@@ -156,7 +165,10 @@ class TensorSet:
             ValueError: a gradient is on another device, or of another shape, than its parameter.
         """
         if self._rows is not None and not _seen_by_torch_only() and self._fit_the_rows(grads):
-            return Gradients(grads, torch.frombuffer(array("q", map(_data_ptr, grads)), dtype=torch.int64))
+            addresses = array("q", map(_data_ptr, grads))
+            # Null is an empty tensor's address, or that of a gradient without memory (zero by definition, or freed).
+            if 0 not in addresses or not any(n for n, address in zip(self._numels, addresses, strict=True) if not address):
+                return Gradients(grads, torch.frombuffer(addresses, dtype=torch.int64))
         self._check_each(grads)
         return Gradients(grads, None)
 
@@ -170,6 +182,7 @@ class TensorSet:
             and list(map(_dtype_of, grads)) == self._dtypes
             and all(map(_is_cpu, grads))
             and list(map(Tensor.numel, grads)) == self._numels
+            and not any(grads[index].is_neg() for index in self._single)
         ):
             return False
         try:
@@ -252,13 +265,14 @@ class TensorSet:
         else:
             torch.ops.sam_fused.prepared_restore_sgd_(self._rows, grads.addresses, hyper, self.perturbed, **scalars)
             increment_version(self._fixed)
-        self._momentum_exists()
+        self._momentum_exists(scalars.get("found_inf"))
 
-    def _momentum_exists(self) -> None:
-        if any(self.first):
-            self.first = [0] * len(self.params)
-            if self._rows is not None:
-                self._rows[:, _FIRST_COLUMN] = 0
+    def _momentum_exists(self, found_inf: Tensor | None) -> None:
+        if not any(self.first) or (found_inf is not None and bool(found_inf)):  # waits for a device, in a first step alone
+            return
+        self.first = [0] * len(self.params)
+        if self._rows is not None:
+            self._rows[:, _FIRST_COLUMN] = 0
 
     def restore_adamw_(self, grads: Gradients, hyper: Tensor, **scalars: Tensor | None) -> None:
         """``functional.restore_adamw_`` with the set's moments and step counts."""
@@ -281,5 +295,5 @@ class HyperTable:
     def update(self, values: list[list[float]]) -> Tensor:
         if values != self._values:
             self._table = torch.tensor(values, dtype=torch.float64)
-            self._values = values
+            self._values = [list(row) for row in values]
         return self._table

@@ -1,0 +1,60 @@
+"""Which doors and backends can be tested here, and processes of their own."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from sam_fused.ops import native
+
+
+def skip_if_missing(runner: str) -> None:
+    reason = native.status().reason
+    if runner in ("native", "prepared") and reason is not None:
+        pytest.skip(f"no native library: {reason}")
+
+
+@pytest.fixture(params=["reference", "foreach", "native", "prepared"])
+def runner(request):
+    skip_if_missing(request.param)
+    return request.param
+
+
+@pytest.fixture(params=["reference", "foreach", "native"])
+def backend(request):
+    skip_if_missing(request.param)
+    return request.param
+
+
+@pytest.fixture
+def needs_native():
+    skip_if_missing("native")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_seed_and_threads):
+    """Torch's own kernels start a parallel region per tiny tensor, which on busy cores takes longer than all tests together."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def in_a_process_of_its_own():
+    """Runs code where a crash is a failed test and not the end of all tests, and where the environment can be chosen."""
+
+    def run(code: str, **environment: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    return run

@@ -1,0 +1,199 @@
+"""Which backend serves which device, what forces one, and what is said when the fast one is missing."""
+
+import warnings
+
+import pytest
+import torch
+
+from sam_fused import ops
+from sam_fused.ops import backends, native, schema
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+VARIABLE = "SAM_FUSED_BACKEND"
+REASON = "no compiler was found; install one, then build again"
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    caches = [f for f in vars(backends).values() if hasattr(f, "cache_clear")]
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    monkeypatch.setattr(native, "status", lambda: native.NativeStatus(False, REASON, None))
+
+
+@pytest.fixture
+def with_native(monkeypatch):
+    monkeypatch.setattr(native, "status", lambda: native.NativeStatus(True, None, "avx2"))
+
+
+def test_automatic(with_native):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose(CPU) == "native"
+        assert backends.choose(torch.device("cuda", 0)) == backends.choose(torch.device("mps")) == "foreach"
+
+
+def test_missing_native_is_said_once_with_the_reason(without_native):
+    with pytest.warns(RuntimeWarning) as said:
+        assert backends.choose(CPU) == "foreach"
+    assert (
+        len(said) == 1
+        and REASON in str(said[0].message)
+        and "foreach" in str(said[0].message)
+        and "cpu" in str(said[0].message)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [backends.choose(CPU) for _ in range(3)] == ["foreach"] * 3
+
+
+def test_a_forced_backend_says_nothing(without_native):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose(CPU, "foreach") == "foreach"
+
+
+def test_without_native_everything_still_works(without_native):
+    w, backup = torch.ones(4), torch.zeros(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        norm, _ = ops.grad_norm([torch.ones(4)])
+        ops.perturb_([w], [backup], [torch.ones(4)], norm, torch.tensor([[1.0, 0.0]], dtype=torch.float64))
+        ops.restore_([w], [backup])
+    assert float(norm) == 2 and bool((w == 1).all())
+
+
+@pytest.mark.parametrize("name", ["reference", "foreach", "native"])
+def test_forced_by_argument_and_by_variable(name, with_native, monkeypatch):
+    assert backends.choose(CPU, name) == name
+    monkeypatch.setenv(VARIABLE, name)
+    assert backends.choose(CPU) == name
+    assert backends.choose(CPU, "reference") == "reference"  # the argument is nearer to the call than the variable
+    monkeypatch.setenv(VARIABLE, "")
+    assert backends.choose(CPU) == "native"
+
+
+@pytest.mark.parametrize("name", ["reference", "foreach", "native"])
+def test_the_operations_use_what_is_forced(name, with_native, monkeypatch):
+    used = []
+    monkeypatch.setattr(native, "call", lambda *args: used.append("native"))
+    for backend, kernels in ops.functional._PYTHON.items():
+        monkeypatch.setitem(kernels, "restore_", lambda backend=backend, **kwargs: used.append(backend))
+    monkeypatch.setenv(VARIABLE, name)
+    ops.restore_([torch.ones(1)], [torch.ones(1)])
+    assert used == [name]
+
+
+@pytest.mark.parametrize("by_variable", [False, True])
+def test_unknown(by_variable, monkeypatch):
+    if by_variable:
+        monkeypatch.setenv(VARIABLE, "turbo")
+    with pytest.raises(ValueError, match=r"expected one of reference, foreach, native, got 'turbo'.*SAM_FUSED_BACKEND"):
+        backends.choose(CPU, None if by_variable else "turbo")
+
+
+def test_unknown_is_refused_for_empty_lists_too():
+    for call in (lambda: ops.grad_norm([], backend="turbo"), lambda: ops.restore_([], [], backend="turbo")):
+        with pytest.raises(ValueError, match="turbo"):
+            call()
+
+
+def test_forced_but_cannot_serve(without_native, monkeypatch):
+    with pytest.raises(RuntimeError, match=r"'native' cannot serve cpu: " + REASON.split(";")[0]):
+        backends.choose(CPU, "native")
+    monkeypatch.setenv(VARIABLE, "native")
+    w = torch.ones(2)
+    with pytest.raises(RuntimeError, match="cannot serve"):
+        ops.restore_([w], [torch.zeros(2)])
+    assert bool((w == 1).all())
+    for name in ("native", "reference"):
+        with pytest.raises(RuntimeError, match=f"'{name}' cannot serve meta"):
+            backends.choose(META, name)
+
+
+def test_available(with_native):
+    found = backends.available_backends("meta")
+    assert list(found) == list(schema.BACKENDS) and found["foreach"] is None
+    assert "meta" in found["native"] and "meta" in found["reference"]
+    assert backends.available_backends(CPU) == {"reference": None, "foreach": None, "native": None}
+
+
+def test_report(with_native, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    rows = backends.report()
+    assert [row["device"] for row in rows] == ["cpu", "cuda:0", "cuda:1"]
+    assert [row["backend"] for row in rows] == ["native", "foreach", "foreach"]
+    assert all(row["reason"] for row in rows) and "cuda" in rows[1]["reason"]
+    monkeypatch.setenv(VARIABLE, "native")
+    rows = backends.report()
+    assert [row["backend"] for row in rows] == ["native", "none", "none"]
+    assert VARIABLE in rows[0]["reason"] and "cannot serve" in rows[1]["reason"]
+
+
+def test_report_says_why_and_does_not_use_up_the_warning(without_native, monkeypatch):
+    """`python -m sam_fused.info` in a process must not silence the first optimizer's warning."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (row,) = backends.report()
+    assert row["backend"] == "foreach" and REASON in row["reason"]
+    with pytest.warns(RuntimeWarning, match="foreach"):
+        backends.choose(CPU)
+
+
+def test_report_of_an_unknown_name(with_native, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv(VARIABLE, "turbo")
+    (row,) = backends.report()
+    assert row["backend"] == "none" and "turbo" in row["reason"]
+
+
+# ---- the library's own status ----------------------------------------------------------------------------------------------
+
+
+def test_status_of_a_library_that_cannot_be_loaded(in_a_process_of_its_own):
+    said = in_a_process_of_its_own(
+        """
+        import sys
+        sys.modules["sam_fused._C"] = None  # importing it raises ImportError
+        import warnings, torch
+        from sam_fused import ops
+        from sam_fused.ops import native
+        status = native.status()
+        assert not status.loaded and status.capability is None and status.reason
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                ops.restore_([torch.ones(2)], [torch.zeros(2)])
+        print(len([w for w in said if "sam_fused" in str(w.message)]))
+        """
+    )
+    assert said.strip() == "1"
+
+
+def test_status_of_a_library_of_other_sources(needs_native, monkeypatch):
+    from sam_fused.ops import prepared
+
+    native.status.cache_clear()
+    monkeypatch.setattr(prepared, "ROW_WORDS", prepared.ROW_WORDS + 1)
+    try:
+        status = native.status()
+        assert not status.loaded and "rebuild" in status.reason and str(prepared.ROW_WORDS) in status.reason
+    finally:
+        native.status.cache_clear()
+    monkeypatch.undo()
+    assert native.status().loaded and native.status().capability in native.CAPABILITIES
+
+
+def test_importing_loads_nothing(in_a_process_of_its_own):
+    said = in_a_process_of_its_own("import sys, sam_fused, sam_fused.ops; print('sam_fused._C' in sys.modules)")
+    assert said.strip() == "False"
