@@ -30,47 +30,41 @@ SAM_FUSED_HD T perturbed_adaptive(T w, T g, T c) {
   return fused_multiply_add(c, w * (w * g), w);
 }
 
-// What happens to a gradient before the base optimizer sees it.
-template <class T>
-struct GradScale {
-  T factor;     // inv_scale times the clip factor, and -1 when maximizing
-  bool active;  // false: the gradient is copied, not multiplied (0 * inf would be NaN)
-};
-template <class T>
-SAM_FUSED_HD T scaled(T g, GradScale<T> s) {
-  return s.active ? g * s.factor : g;
-}
+// What is optional in a base step is a template parameter: a condition inside the loops would keep them from being vectorised.
+// Two things need none, because multiplying by 1 changes no value: grad_factor (inv_scale times the clip factor, negative when
+// maximizing) and Adam's decay_factor.
 
 // SGD [torch.optim.SGD]: d = g + wd w; v = mom v + (1 - damp) d, or v = d when the buffer is created; w -= lr (d + mom v | v).
 template <class T>
 struct SgdConstants {
-  T negative_lr, momentum, one_minus_dampening, weight_decay;
-  GradScale<T> grad_scale;
+  T negative_lr, momentum, one_minus_dampening, weight_decay, grad_factor;
   bool has_momentum, has_weight_decay, nesterov;
 };
 
-template <class T>
+template <bool kWeightDecay, class T>
 SAM_FUSED_HD T sgd_direction(const SgdConstants<T>& k, T w, T g) {
-  g = scaled(g, k.grad_scale);
-  return k.has_weight_decay ? fused_multiply_add(k.weight_decay, w, g) : g;
+  g = g * k.grad_factor;
+  if constexpr (kWeightDecay) g = fused_multiply_add(k.weight_decay, w, g);
+  return g;
 }
 template <class T>
 SAM_FUSED_HD T sgd_momentum(const SgdConstants<T>& k, T d, T v) {
   return fused_multiply_add(k.one_minus_dampening, d, k.momentum * v);
 }
-template <class T>
+// v is the new momentum, or d where there is none.
+template <bool kNesterov, class T>
 SAM_FUSED_HD T sgd_weight(const SgdConstants<T>& k, T w, T d, T v) {
-  const T update = !k.has_momentum ? d : k.nesterov ? fused_multiply_add(k.momentum, v, d) : v;
-  return fused_multiply_add(k.negative_lr, update, w);
+  if constexpr (kNesterov) v = fused_multiply_add(k.momentum, v, d);
+  return fused_multiply_add(k.negative_lr, v, w);
 }
 
 // Adam and AdamW [torch.optim.Adam, 1412.6980, 1711.05101], in the order of torch's single-tensor form. step_size is
-// lr / (1 - beta1^t) and bias2_sqrt is sqrt(1 - beta2^t), both computed in fp64 and rounded once.
+// lr / (1 - beta1^t) and bias2_sqrt is sqrt(1 - beta2^t), both computed in fp64 and rounded once; decay_factor is 1 - lr wd
+// for AdamW, else 1.
 template <class T>
 struct AdamConstants {
-  T one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, negative_step_size, bias2_sqrt;
-  GradScale<T> grad_scale;
-  bool has_weight_decay, decoupled, amsgrad;
+  T one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, negative_step_size, bias2_sqrt, grad_factor;
+  bool coupled_weight_decay, amsgrad;
 };
 
 template <class T>
@@ -78,17 +72,15 @@ struct AdamState {
   T w, exp_avg, exp_avg_sq, max_exp_avg_sq;
 };
 
-template <class T>
+template <bool kCoupledWeightDecay, bool kAmsgrad, class T>
 SAM_FUSED_HD AdamState<T> adam(const AdamConstants<T>& k, AdamState<T> s, T g) {
-  g = scaled(g, k.grad_scale);
-  if (k.has_weight_decay) {
-    if (k.decoupled) s.w = s.w * k.decay_factor;
-    else g = fused_multiply_add(k.weight_decay, s.w, g);
-  }
+  g = g * k.grad_factor;
+  if constexpr (kCoupledWeightDecay) g = fused_multiply_add(k.weight_decay, s.w, g);
+  s.w = s.w * k.decay_factor;
   s.exp_avg = fused_multiply_add(k.one_minus_beta1, g - s.exp_avg, s.exp_avg);
   s.exp_avg_sq = fused_multiply_add(k.one_minus_beta2 * g, g, k.beta2 * s.exp_avg_sq);
   T second = s.exp_avg_sq;
-  if (k.amsgrad) {
+  if constexpr (kAmsgrad) {
     // Written so that a NaN on either side stays a NaN, as torch.maximum does.
     s.max_exp_avg_sq = second > s.max_exp_avg_sq || second != second ? second : s.max_exp_avg_sq;
     second = s.max_exp_avg_sq;

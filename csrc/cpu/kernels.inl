@@ -236,10 +236,21 @@ inline double sum_of_lanes(const double* lanes) {
   return sums[0];
 }
 
-// Adds the squares of n values. The product of two fp32 values is exact in fp64, so x * x needs no fma and rounds only when
-// it is added.
+// sum + x * x for an x that was fp32: the product is exact in fp64, so with and without a fused instruction the same bits.
+inline double plus_square(double sum, double x) {
+#if defined(__FMA__)
+  return __builtin_fma(x, x, sum);
+#else
+  return sum + x * x;
+#endif
+}
+
+// Adds the squares of n values. A product of two fp32 values is exact in fp64 and its square is not, hence kProducts.
+template <bool kProducts>
 struct ExactSquares {
   double middle[kLanes] = {};
+
+  static double added(double sum, double x) { return kProducts ? sum + x * x : plus_square(sum, x); }
 
   template <class ValueAt>
   void add(int64_t n, ValueAt value_at) {
@@ -248,25 +259,39 @@ struct ExactSquares {
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
       for (int64_t lane = 0; lane < kLanes; ++lane) {
-        const double x = value_at(i + lane);
-        sums[lane] += x * x;
+        sums[lane] = added(sums[lane], value_at(i + lane));
       }
     }
-    for (int64_t lane = 0; i < n; ++i, ++lane) sums[lane] += value_at(i) * value_at(i);
+    for (int64_t lane = 0; i < n; ++i, ++lane) sums[lane] = added(sums[lane], value_at(i));
     for (int64_t lane = 0; lane < kLanes; ++lane) middle[lane] = sums[lane];
   }
 
   SumOfSquares total() const { return {0, sum_of_lanes(middle), 0}; }
 };
 
-// Squares of fp64 values may overflow or vanish: values beyond 2^+-400 go to accumulators scaled by 2^-+600.
+// Squares of fp64 values may overflow or vanish: values beyond 2^+-400 go to accumulators scaled by 2^-+600. A block without
+// such values, as nearly every one is, adds to `middle` in the same order without looking at each.
 struct ScaledSquares {
   double small[kLanes] = {}, middle[kLanes] = {}, big[kLanes] = {};
 
   template <class ValueAt>
   void add(int64_t n, ValueAt value_at) {
+    alignas(64) double values[kBlock];
+    int64_t outside = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const double x = value_at(i);
+      values[i] = value_at(i);
+      const double size = __builtin_fabs(values[i]);
+      outside += int64_t(size > 0x1p400) + (int64_t(size < 0x1p-400) & int64_t(size != 0));
+    }
+    if (outside == 0) {
+      ExactSquares<true> plain;
+      for (int64_t lane = 0; lane < kLanes; ++lane) plain.middle[lane] = middle[lane];
+      plain.add(n, [&values](int64_t i) { return values[i]; });
+      for (int64_t lane = 0; lane < kLanes; ++lane) middle[lane] = plain.middle[lane];
+      return;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const double x = values[i];
       const double size = __builtin_fabs(x);
       const int64_t lane = i % kLanes;
       if (size > 0x1p400) big[lane] += (x * 0x1p-600) * (x * 0x1p-600);
@@ -278,10 +303,12 @@ struct ScaledSquares {
   SumOfSquares total() const { return {sum_of_lanes(small), sum_of_lanes(middle), sum_of_lanes(big)}; }
 };
 
+inline bool is_adaptive(const TensorRow& row) { return static_cast<Scaling>(row.scaling) == Scaling::kAbsWeight; }
+
 template <class T, class Accumulator>
 SumOfSquares chunk_sum_of_squares(const TensorRow& row, const Chunk& chunk, double inv_scale) {
   Accumulator accumulator;
-  const bool adaptive = static_cast<Scaling>(row.scaling) == Scaling::kAbsWeight;
+  const bool adaptive = is_adaptive(row);
   for_each_block(chunk, [&](int64_t element, int64_t n) {
     alignas(64) T g_buffer[kBlock], w_buffer[kBlock];
     const T* g = load(row, kGrad, element, n, g_buffer);
@@ -301,8 +328,9 @@ SumOfSquares chunk_sum_of_squares(const TensorRow& row, const Chunk& chunk, doub
 }
 
 void sum_of_squares(const TensorRow& row, const Chunk& chunk, double inv_scale, SumOfSquares* slot) {
-  *slot = row.dtype(kGrad) == DType::kFloat64 ? chunk_sum_of_squares<double, ScaledSquares>(row, chunk, inv_scale)
-                                              : chunk_sum_of_squares<float, ExactSquares>(row, chunk, inv_scale);
+  if (row.dtype(kGrad) == DType::kFloat64) *slot = chunk_sum_of_squares<double, ScaledSquares>(row, chunk, inv_scale);
+  else if (is_adaptive(row)) *slot = chunk_sum_of_squares<float, ExactSquares<true>>(row, chunk, inv_scale);
+  else *slot = chunk_sum_of_squares<float, ExactSquares<false>>(row, chunk, inv_scale);
 }
 
 // ---- perturb and restore ----------------------------------------------------------------------------------------------
@@ -328,7 +356,7 @@ void perturb_loop(const T* w, const T* g, T* out, int64_t n, T c, bool adaptive)
 
 template <class T>
 void perturb_chunk(const TensorRow& row, const Chunk& chunk, const PerturbConstants& k) {
-  const bool adaptive = static_cast<Scaling>(row.scaling) == Scaling::kAbsWeight;
+  const bool adaptive = is_adaptive(row);
   const Role clean = k.backup_exists ? kBackup : kWeight;
   const int64_t size = size_of(row.dtype(kWeight));
   for_each_block(chunk, [&](int64_t element, int64_t n) {
@@ -357,60 +385,62 @@ void perturb(const TensorRow& row, const Chunk& chunk, const PerturbConstants& k
 
 // ---- the last pass: restore and base optimizer in one -------------------------------------------------------------------
 
-template <class T, class F>
-GradScale<T> rounded(const GradScale<F>& s) {
-  return {static_cast<T>(s.factor), s.active};
+// f(a true or false type): a flag becomes a template parameter.
+template <class F>
+auto with_flag(bool flag, F f) {
+  return flag ? f(std::true_type{}) : f(std::false_type{});
 }
 
-template <class T>
-void sgd_loop_without_momentum(SgdConstants<T> k, const T* w, const T* g, T* out, int64_t n) {
-  SAM_FUSED_INDEPENDENT
-  for (int64_t i = 0; i < n; ++i) {
-    const T d = sgd_direction(k, w[i], g[i]);
-    out[i] = sgd_weight(k, w[i], d, d);
-  }
-}
+enum class Momentum { kNone, kFirst, kRunning };
 
 template <class T>
-void sgd_loop_first(SgdConstants<T> k, const T* w, const T* g, T* v_out, T* out, int64_t n) {
-  SAM_FUSED_INDEPENDENT
-  for (int64_t i = 0; i < n; ++i) {
-    const T d = sgd_direction(k, w[i], g[i]);
-    v_out[i] = d;
-    out[i] = sgd_weight(k, w[i], d, d);
-  }
-}
+using SgdLoop = void (*)(SgdConstants<T> k, const T* w, const T* g, const T* v, T* v_out, T* out, int64_t n);
 
-template <class T>
+template <class T, Momentum kMomentum, bool kWeightDecay, bool kNesterov>
 void sgd_loop(SgdConstants<T> k, const T* w, const T* g, const T* v, T* v_out, T* out, int64_t n) {
   SAM_FUSED_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
-    const T d = sgd_direction(k, w[i], g[i]);
-    const T v_new = sgd_momentum(k, d, v[i]);
-    v_out[i] = v_new;
-    out[i] = sgd_weight(k, w[i], d, v_new);
+    const T d = sgd_direction<kWeightDecay>(k, w[i], g[i]);
+    T v_new = d;
+    if constexpr (kMomentum == Momentum::kRunning) v_new = sgd_momentum(k, d, v[i]);
+    if constexpr (kMomentum != Momentum::kNone) v_out[i] = v_new;
+    out[i] = sgd_weight<kNesterov>(k, w[i], d, v_new);
   }
+}
+
+template <class T>
+SgdLoop<T> sgd_loop_for(Momentum momentum, const SgdConstants<double>& k) {
+  return with_flag(k.has_weight_decay, [&](auto decay) {
+    return with_flag(k.nesterov, [&](auto nesterov) -> SgdLoop<T> {
+      constexpr bool kDecay = decltype(decay)::value, kNesterov = decltype(nesterov)::value;
+      if (momentum == Momentum::kNone) return sgd_loop<T, Momentum::kNone, kDecay, false>;
+      if (momentum == Momentum::kFirst) return sgd_loop<T, Momentum::kFirst, kDecay, kNesterov>;
+      return sgd_loop<T, Momentum::kRunning, kDecay, kNesterov>;
+    });
+  });
 }
 
 template <class T>
 void sgd_chunk(const TensorRow& row, const Chunk& chunk, const SgdConstants<double>& wide, bool stream) {
-  const SgdConstants<T> k{
-      static_cast<T>(wide.negative_lr),  static_cast<T>(wide.momentum), static_cast<T>(wide.one_minus_dampening),
-      static_cast<T>(wide.weight_decay), rounded<T>(wide.grad_scale),   wide.has_momentum,
-      wide.has_weight_decay,             wide.nesterov};
+  const SgdConstants<T> k{static_cast<T>(wide.negative_lr),
+                          static_cast<T>(wide.momentum),
+                          static_cast<T>(wide.one_minus_dampening),
+                          static_cast<T>(wide.weight_decay),
+                          static_cast<T>(wide.grad_factor),
+                          wide.has_momentum,
+                          wide.has_weight_decay,
+                          wide.nesterov};
+  const Momentum momentum = !k.has_momentum ? Momentum::kNone : row.first ? Momentum::kFirst : Momentum::kRunning;
+  const SgdLoop<T> loop = sgd_loop_for<T>(momentum, wide);
   for_each_block(chunk, [&](int64_t element, int64_t n) {
     alignas(64) T g_buffer[kBlock], w_buffer[kBlock], v_buffer[kBlock], result[kBlock];
     const T* w = load(row, kBackup, element, n, w_buffer);
     const T* g = load(row, kGrad, element, n, g_buffer);
+    const T* v = momentum == Momentum::kRunning ? load(row, kState0, element, n, v_buffer) : nullptr;
+    T* v_out = momentum == Momentum::kNone ? nullptr : target(row, kState0, element, v_buffer, false);
     T* out = target(row, kWeight, element, result, stream);
-    if (!k.has_momentum) {
-      sgd_loop_without_momentum(k, w, g, out, n);
-    } else {
-      T* v_out = target(row, kState0, element, v_buffer, false);
-      if (row.first) sgd_loop_first(k, w, g, v_out, out, n);
-      else sgd_loop(k, w, g, load(row, kState0, element, n, v_buffer), v_out, out, n);
-      store(row, kState0, element, n, v_out, false);
-    }
+    loop(k, w, g, v, v_out, out, n);
+    if (v_out != nullptr) store(row, kState0, element, n, v_out, false);
     store(row, kWeight, element, n, out, stream);
   });
   end_of_stream(stream);
@@ -426,12 +456,12 @@ struct AdamBlock {
   T *w_out, *m_out, *v_out, *v_max_out;
 };
 
-template <class T, bool kAmsgrad>
+template <class T, bool kCoupledWeightDecay, bool kAmsgrad>
 void adam_loop(AdamConstants<T> k, AdamBlock<T> b, int64_t n) {
-  k.amsgrad = kAmsgrad;
   SAM_FUSED_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
-    const AdamState<T> s = adam(k, AdamState<T>{b.w[i], b.m[i], b.v[i], kAmsgrad ? b.v_max[i] : T{0}}, b.g[i]);
+    const AdamState<T> before{b.w[i], b.m[i], b.v[i], kAmsgrad ? b.v_max[i] : T{0}};
+    const AdamState<T> s = adam<kCoupledWeightDecay, kAmsgrad>(k, before, b.g[i]);
     b.w_out[i] = s.w;
     b.m_out[i] = s.exp_avg;
     b.v_out[i] = s.exp_avg_sq;
@@ -439,14 +469,19 @@ void adam_loop(AdamConstants<T> k, AdamBlock<T> b, int64_t n) {
   }
 }
 
-template <class T, bool kAmsgrad>
+template <class T, bool kCoupledWeightDecay, bool kAmsgrad>
 void adam_chunk(const TensorRow& row, const Chunk& chunk, const AdamConstants<double>& wide, bool stream) {
-  const AdamConstants<T> k{static_cast<T>(wide.one_minus_beta1),    static_cast<T>(wide.beta2),
-                           static_cast<T>(wide.one_minus_beta2),    static_cast<T>(wide.eps),
-                           static_cast<T>(wide.weight_decay),       static_cast<T>(wide.decay_factor),
-                           static_cast<T>(wide.negative_step_size), static_cast<T>(wide.bias2_sqrt),
-                           rounded<T>(wide.grad_scale),             wide.has_weight_decay,
-                           wide.decoupled,                          kAmsgrad};
+  const AdamConstants<T> k{static_cast<T>(wide.one_minus_beta1),
+                           static_cast<T>(wide.beta2),
+                           static_cast<T>(wide.one_minus_beta2),
+                           static_cast<T>(wide.eps),
+                           static_cast<T>(wide.weight_decay),
+                           static_cast<T>(wide.decay_factor),
+                           static_cast<T>(wide.negative_step_size),
+                           static_cast<T>(wide.bias2_sqrt),
+                           static_cast<T>(wide.grad_factor),
+                           kCoupledWeightDecay,
+                           kAmsgrad};
   for_each_block(chunk, [&](int64_t element, int64_t n) {
     alignas(64) T g_buffer[kBlock], w_buffer[kBlock], result[kBlock];
     alignas(64) T m_buffer[kBlock], v_buffer[kBlock], max_buffer[kBlock];
@@ -462,7 +497,7 @@ void adam_chunk(const TensorRow& row, const Chunk& chunk, const AdamConstants<do
       b.v_max = load(row, kState2, element, n, max_buffer);
       b.v_max_out = target(row, kState2, element, max_buffer, false);
     }
-    adam_loop<T, kAmsgrad>(k, b, n);
+    adam_loop<T, kCoupledWeightDecay, kAmsgrad>(k, b, n);
     if constexpr (kAmsgrad) store(row, kState2, element, n, b.v_max_out, false);
     store(row, kState0, element, n, b.m_out, false);
     store(row, kState1, element, n, b.v_out, false);
@@ -473,8 +508,11 @@ void adam_chunk(const TensorRow& row, const Chunk& chunk, const AdamConstants<do
 
 void adam_step(const TensorRow& row, const Chunk& chunk, const AdamConstants<double>& k, bool stream) {
   with_arithmetic_type(row, [&](auto zero) {
-    if (k.amsgrad) adam_chunk<decltype(zero), true>(row, chunk, k, stream);
-    else adam_chunk<decltype(zero), false>(row, chunk, k, stream);
+    with_flag(k.coupled_weight_decay, [&](auto coupled) {
+      with_flag(k.amsgrad, [&](auto amsgrad) {
+        adam_chunk<decltype(zero), decltype(coupled)::value, decltype(amsgrad)::value>(row, chunk, k, stream);
+      });
+    });
   });
 }
 

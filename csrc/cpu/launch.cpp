@@ -72,9 +72,7 @@ double norm_of(const SumOfSquares& total) {
   return std::sqrt(total.small) * 0x1p-600;
 }
 
-GradScale<double> grad_scale_of(const GradPolicy& policy, bool maximize) {
-  return {maximize ? -policy.factor : policy.factor, policy.has_factor || maximize};
-}
+double grad_factor_of(const GradPolicy& policy, bool maximize) { return maximize ? -policy.factor : policy.factor; }
 
 }  // namespace
 
@@ -131,7 +129,7 @@ void restore_sgd(Rows rows, const double* hyper, const GradPolicy& policy) {
                     h[kMomentum],
                     1 - h[kDampening],
                     h[kSgdWeightDecay],
-                    grad_scale_of(policy, h[kSgdMaximize] != 0),
+                    grad_factor_of(policy, h[kSgdMaximize] != 0),
                     h[kMomentum] != 0,
                     h[kSgdWeightDecay] != 0,
                     h[kNesterov] != 0};
@@ -165,18 +163,18 @@ void restore_adamw(Rows rows, const double* hyper, const GradPolicy& policy) {
     previous_step = step;
     const double* h = hyper + row.group * kAdamColumns;
     const double bias1 = 1 - std::pow(h[kBeta1], step);
+    const bool decoupled = h[kDecoupled] != 0;
     const double bias2 = 1 - std::pow(h[kBeta2], step);
     constants[t] = {1 - h[kBeta1],
                     h[kBeta2],
                     1 - h[kBeta2],
                     h[kAdamEps],
                     h[kAdamWeightDecay],
-                    1 - h[kAdamLr] * h[kAdamWeightDecay],
+                    decoupled ? 1 - h[kAdamLr] * h[kAdamWeightDecay] : 1,
                     -h[kAdamLr] / bias1,
                     std::sqrt(bias2),
-                    grad_scale_of(policy, h[kAdamMaximize] != 0),
-                    h[kAdamWeightDecay] != 0,
-                    h[kDecoupled] != 0,
+                    grad_factor_of(policy, h[kAdamMaximize] != 0),
+                    h[kAdamWeightDecay] != 0 && !decoupled,
                     h[kAmsgrad] != 0};
   }
   for_each_chunk(plan, Order::kForward, [&](int64_t, const Chunk& chunk) {

@@ -19,8 +19,7 @@ enum AdamColumn { kAdamLr, kBeta1, kBeta2, kAdamEps, kAdamWeightDecay, kDecouple
 
 // What the base optimizer's gradient is multiplied with, and whether the step is skipped.
 struct GradPolicy {
-  double factor = 1;
-  bool has_factor = false;
+  double factor = 1;  // inv_scale times the clip factor
   bool found_inf = false;
 };
 

@@ -179,7 +179,6 @@ void check_not_accumulating(const Tensors& accumulators, const MaybeTensor& weig
 GradPolicy policy_of(const MaybeTensor& inv_scale, const MaybeTensor& found_inf, const MaybeTensor& clip) {
   GradPolicy policy;
   policy.factor = value_or(inv_scale, 1) * value_or(clip, 1);
-  policy.has_factor = inv_scale.has_value() || clip.has_value();
   policy.found_inf = value_or(found_inf, 0) != 0;
   return policy;
 }
@@ -276,14 +275,18 @@ void prepared_restore_(Tensor rows, Tensor perturbed) {
 void prepared_restore_sgd_(Tensor rows, Tensor grads, Tensor hyper, Tensor perturbed, MaybeTensor inv_scale,
                            MaybeTensor found_inf, MaybeTensor clip) {
   const Rows all = rows_of(rows, grads);
-  restore_sgd(all, table_of(hyper, kSgdColumns, all), policy_of(inv_scale, found_inf, clip));
+  const double* table = table_of(hyper, kSgdColumns, all);
+  check_state(all, table, kSgdColumns, kMomentum, kState0);
+  restore_sgd(all, table, policy_of(inv_scale, found_inf, clip));
   set_perturbed(perturbed, 0);
 }
 
 void prepared_restore_adamw_(Tensor rows, Tensor grads, Tensor hyper, Tensor perturbed, MaybeTensor inv_scale,
                              MaybeTensor found_inf, MaybeTensor clip) {
   const Rows all = rows_of(rows, grads);
-  restore_adamw(all, table_of(hyper, kAdamColumns, all), policy_of(inv_scale, found_inf, clip));
+  const double* table = table_of(hyper, kAdamColumns, all);
+  check_state(all, table, kAdamColumns, kAmsgrad, kState2);
+  restore_adamw(all, table, policy_of(inv_scale, found_inf, clip));
   set_perturbed(perturbed, 0);
 }
 

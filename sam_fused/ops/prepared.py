@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import functional
+from . import functional, native
 from .checks import check_tensor, is_dense, same_layout
 from .dtypes import CODES, SUPPORTED
+from .fingerprint import Fingerprint
 
 # The layout of TensorRow: numel, group, scaling, first, dtypes, then one address per role.
 _FIRST_COLUMN = 3
@@ -35,7 +36,6 @@ _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
 _GRAD_TYPE = frozenset((Tensor, torch.nn.Parameter))
 
 _dtype_of = attrgetter("dtype")
-_is_cpu = attrgetter("is_cpu")
 _data_ptr = Tensor.data_ptr
 
 
@@ -96,14 +96,12 @@ class TensorSet:
         self.perturbed = torch.zeros(1, dtype=torch.int64) if perturbed is None else perturbed
         self._fixed = [*self.params, *(t for state in self.states for t in state), *self.steps]
         self._fixed_addresses = _addresses(self._fixed) if self._has_plain_memory() else []
-        self._rows = self._build_rows() if backend == "native" and self._fixed_addresses else None
+        self._rows = self._build_rows() if backend == "native" and native.status().loaded and self._fixed_addresses else None
         self._dtypes = list(map(_dtype_of, self.params))
         self._numels = list(map(Tensor.numel, self.params))
-        self._contiguous = all(p.is_contiguous() for p in self.params)
-        # A gradient that autograd hands over may be a lazily negated view (`x.conj().imag`), whose memory holds the other sign.
-        # Its stride is 2, so that it passes for contiguous only where there is a single element.
-        self._single = [index for index, numel in enumerate(self._numels) if numel == 1]
         self._strides = list(map(Tensor.stride, self.params))
+        self._params_were = Fingerprint()
+        self._grads_were = Fingerprint()
         if self._rows is not None:
             wide = torch.float64 in self._dtypes
             self._norm = torch.zeros((), dtype=torch.float64 if wide else torch.float32)
@@ -150,12 +148,15 @@ class TensorSet:
         """Whether every address looked up at construction is still the tensor's, and the parameters lie as they did."""
         if not self._fixed_addresses:
             return True
-        if _addresses(self._fixed) != self._fixed_addresses or list(map(_dtype_of, self.params)) != self._dtypes:
+        if _addresses(self._fixed) != self._fixed_addresses:
             return False
-        # The same memory can be looked at transposed (`p.data = p.data.t()`).
-        if self._contiguous:
-            return all(map(Tensor.is_contiguous, self.params))
-        return list(map(Tensor.stride, self.params)) == self._strides
+        # The same memory can be looked at transposed (`p.data = p.data.t()`) or in another dtype.
+        if self._params_were.matches(self.params):
+            return True
+        if list(map(_dtype_of, self.params)) != self._dtypes or list(map(Tensor.stride, self.params)) != self._strides:
+            return False
+        self._params_were.take(self.params)
+        return True
 
     def checked(self, grads: Sequence[Tensor]) -> Gradients:
         """The gradients, one per parameter, ready for the operations below.
@@ -164,7 +165,8 @@ class TensorSet:
             TypeError: a gradient is sparse, quantised, or of an unsupported dtype.
             ValueError: a gradient is on another device, or of another shape, than its parameter.
         """
-        if self._rows is not None and not _seen_by_torch_only() and self._fit_the_rows(grads):
+        fits = self._rows is not None and not _seen_by_torch_only()
+        if fits and (self._grads_were.matches(grads) or self._fit_the_rows(grads)):
             addresses = array("q", map(_data_ptr, grads))
             # Null is an empty tensor's address, or that of a gradient without memory (zero by definition, or freed).
             if 0 not in addresses or not any(n for n, address in zip(self._numels, addresses, strict=True) if not address):
@@ -173,24 +175,17 @@ class TensorSet:
         return Gradients(grads, None)
 
     def _fit_the_rows(self, grads: Sequence[Tensor]) -> bool:
-        """Whether reading numel elements of the parameter's dtype from each gradient's address is right.
-
-        One pass in C for each property: a Python loop over all of them would take as long as a small model's kernels.
-        """
-        if not (
+        """Whether reading numel elements of the parameter's dtype from each gradient's address is right."""
+        fit = (
             _GRAD_TYPE.issuperset(map(type, grads))
+            and len(grads) == len(self.params)
             and list(map(_dtype_of, grads)) == self._dtypes
-            and all(map(_is_cpu, grads))
-            and list(map(Tensor.numel, grads)) == self._numels
-            and not any(grads[index].is_neg() for index in self._single)
-        ):
-            return False
-        try:
-            if self._contiguous and all(map(Tensor.is_contiguous, grads)):
-                return True
-        except RuntimeError:  # a sparse layout has no such property
-            return False
-        return all(map(same_layout, self.params, grads))
+            and all(g.is_cpu and g.layout == torch.strided and not g.is_neg() for g in grads)
+            and all(map(same_layout, self.params, grads))
+        )
+        if fit:
+            self._grads_were.take(grads)
+        return fit
 
     def _check_each(self, grads: Sequence[Tensor]) -> None:
         for index, (grad, param) in enumerate(zip(grads, self.params, strict=True)):

@@ -311,7 +311,10 @@ class SAM(Optimizer):
         self._control.clean_loss = self._control.perturbed_loss = None
         # What an LR scheduler looks for on either optimizer to know that a step was taken.
         self.base_optimizer._opt_called = self._opt_called = True  # type: ignore[attr-defined]
-        self._control.left = [None if grad is None else weakref.ref(grad) for grad in grads]
+        try:
+            self._control.left = list(map(weakref.ref, grads))  # type: ignore[arg-type]
+        except TypeError:  # None has no weak reference
+            self._control.left = [None if grad is None else weakref.ref(grad) for grad in grads]
 
     def _params(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self.param_groups))

@@ -9,22 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from build_native import COMPILE_FLAGS
+
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 
-# As build_native.py compiles them, less what belongs to torch.
-FLAGS = [
-    "-O3",
-    "-std=c++20",
-    "-g0",
-    "-ffp-contract=off",
-    "-fvisibility=hidden",
-    "-fPIC",
-    f"-I{CSRC}",
-    "-Wall",
-    "-Wextra",
-    "-Werror",
-]
+FLAGS = [*COMPILE_FLAGS, "-fPIC", f"-I{CSRC}", "-Wall", "-Wextra", "-Werror"]
 TABLES = [CSRC / "cpu" / f"kernels_{name}.cpp" for name in ("default", "avx2", "avx512")]
 
 

@@ -45,12 +45,12 @@ EXPORT void restore(const Kernels* k, const int64_t* row, int64_t begin, int64_t
   k->restore(row_of(row), Chunk{0, begin, count}, stream != 0);
 }
 EXPORT void sgd(const Kernels* k, const int64_t* row, int64_t begin, int64_t count, const double* c, int nesterov, int stream) {
-  const SgdConstants<double> constants{c[0], c[1], c[2], c[3], {c[4], c[4] != 1}, c[1] != 0, c[3] != 0, nesterov != 0};
+  const SgdConstants<double> constants{c[0], c[1], c[2], c[3], c[4], c[1] != 0, c[3] != 0, nesterov != 0};
   k->sgd(row_of(row), Chunk{0, begin, count}, constants, stream != 0);
 }
 EXPORT void adam(const Kernels* k, const int64_t* row, int64_t begin, int64_t count, const double* c, int decoupled, int amsgrad,
                  int stream) {
-  const AdamConstants<double> constants{c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], {c[8], c[8] != 1},
-                                        c[4] != 0, decoupled != 0, amsgrad != 0};
+  const AdamConstants<double> constants{c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8],
+                                        c[4] != 0 && !decoupled, amsgrad != 0};
   k->adam(row_of(row), Chunk{0, begin, count}, constants, stream != 0);
 }

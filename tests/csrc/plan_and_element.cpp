@@ -61,27 +61,36 @@ void perturb_all(int64_t n, const T* w, const T* g, T c, int adaptive, T* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = adaptive ? perturbed_adaptive(w[i], g[i], c) : perturbed(w[i], g[i], c);
 }
 
-// k: negative_lr, momentum, one_minus_dampening, weight_decay, factor; flags: nesterov 1, scaled 2, first 4.
+// k: negative_lr, momentum, one_minus_dampening, weight_decay, grad_factor; flags: nesterov 1, first 4.
 template <class T>
 void sgd_all(int64_t n, const T* w, const T* g, const T* k, int flags, T* v, T* out) {
-  const SgdConstants<T> constants{k[0], k[1], k[2], k[3], {k[4], (flags & 2) != 0}, k[1] != 0, k[3] != 0, (flags & 1) != 0};
+  const SgdConstants<T> constants{k[0], k[1], k[2], k[3], k[4], k[1] != 0, k[3] != 0, (flags & 1) != 0};
   for (int64_t i = 0; i < n; ++i) {
-    const T d = sgd_direction(constants, w[i], g[i]);
+    const T d = constants.has_weight_decay ? sgd_direction<true>(constants, w[i], g[i])
+                                           : sgd_direction<false>(constants, w[i], g[i]);
     if (constants.has_momentum) v[i] = flags & 4 ? d : sgd_momentum(constants, d, v[i]);
-    out[i] = sgd_weight(constants, w[i], d, constants.has_momentum ? v[i] : d);
+    const T v_new = constants.has_momentum ? v[i] : d;
+    out[i] = constants.nesterov ? sgd_weight<true>(constants, w[i], d, v_new) : sgd_weight<false>(constants, w[i], d, v_new);
   }
 }
 
-// k: one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, negative_step_size, bias2_sqrt, factor;
-// flags: decoupled 1, scaled 2, amsgrad 4.
-template <class T>
-void adam_all(int64_t n, const T* w, const T* g, const T* k, int flags, T* m, T* v, T* largest, T* out) {
-  const AdamConstants<T> constants{k[0], k[1], k[2], k[3], k[4], k[5], k[6], k[7], {k[8], (flags & 2) != 0},
-                                   k[4] != 0, (flags & 1) != 0, (flags & 4) != 0};
+// k: one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay_factor, negative_step_size, bias2_sqrt, grad_factor.
+template <bool kCoupled, bool kAmsgrad, class T>
+void adam_some(int64_t n, const T* w, const T* g, const T* k, T* m, T* v, T* largest, T* out) {
+  const AdamConstants<T> constants{k[0], k[1], k[2], k[3], k[4], k[5], k[6], k[7], k[8], kCoupled, kAmsgrad};
   for (int64_t i = 0; i < n; ++i) {
-    const AdamState<T> s = adam(constants, AdamState<T>{w[i], m[i], v[i], largest[i]}, g[i]);
+    const AdamState<T> s = adam<kCoupled, kAmsgrad>(constants, AdamState<T>{w[i], m[i], v[i], largest[i]}, g[i]);
     out[i] = s.w, m[i] = s.exp_avg, v[i] = s.exp_avg_sq, largest[i] = s.max_exp_avg_sq;
   }
+}
+
+// flags: decoupled 1 (then decay_factor is applied and weight_decay is not), amsgrad 4.
+template <class T>
+void adam_all(int64_t n, const T* w, const T* g, const T* k, int flags, T* m, T* v, T* largest, T* out) {
+  const bool coupled = k[4] != 0 && !(flags & 1), amsgrad = (flags & 4) != 0;
+  const auto run = coupled ? (amsgrad ? adam_some<true, true, T> : adam_some<true, false, T>)
+                           : (amsgrad ? adam_some<false, true, T> : adam_some<false, false, T>);
+  run(n, w, g, k, m, v, largest, out);
 }
 
 }  // namespace

@@ -1,0 +1,48 @@
+"""Whether tensors are still what they were, asked for a whole list in one call.
+
+The kernels are handed addresses, so a step asks for hundreds of tensors whether each still has the type, dtype, device, shape
+and strides that its address was looked up for. In Python that is a call per tensor and property, 0.4 us a tensor: for a small
+model more than the arithmetic. torch compares all of them at once for the guards of compiled code, at 0.06 us a tensor, and
+looks at the dispatch keys too (lazy negation, missing memory, sparse layouts, dispatch modes). Where that class is missing or
+says no, the properties are compared one by one: a "no" costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:
+    TensorGuards = None  # type: ignore[assignment,misc]
+
+
+class Fingerprint:
+    """The properties of a list of tensors, as they were when last found acceptable."""
+
+    def __init__(self) -> None:
+        self._check: Callable[..., bool] | None = None
+        self._count = -1
+
+    def take(self, tensors: Sequence[Tensor]) -> None:
+        """Remembers these tensors' properties, and none of the tensors."""
+        self._check = None
+        if TensorGuards is not None and tensors:
+            sizes, strides = [list(t.size()) for t in tensors], [list(t.stride()) for t in tensors]
+            guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)  # type: ignore[arg-type]
+            self._check, self._count = guards.check, len(tensors)
+
+    def matches(self, tensors: Sequence[Tensor]) -> bool:
+        """True: every tensor has the properties that its predecessor had. False: they may differ."""
+        return self._check is not None and len(tensors) == self._count and self._check(*tensors)
+
+
+def works() -> bool:
+    """Whether the one-call comparison is there and tells tensors apart; for `tests` and for the curious."""
+    fingerprint, like = Fingerprint(), torch.zeros(2, 3)
+    fingerprint.take([like])
+    others = (like.double(), like.t(), like[:1], torch._neg_view(like))
+    return fingerprint.matches([torch.ones(2, 3)]) and not any(fingerprint.matches([other]) for other in others)
