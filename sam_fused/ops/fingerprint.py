@@ -19,6 +19,9 @@ try:
 except ImportError:
     TensorGuards = None  # type: ignore[assignment,misc]
 
+# Tensors whose memory is theirs alone, and means what their dtype and strides say.
+PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
+
 
 class Fingerprint:
     """The properties of a list of tensors, as they were when last found acceptable."""
@@ -30,7 +33,8 @@ class Fingerprint:
     def take(self, tensors: Sequence[Tensor]) -> None:
         """Remembers these tensors' properties, and none of the tensors."""
         self._check = None
-        if TensorGuards is not None and tensors:
+        # Not of subclasses, which may hold anything inside.
+        if TensorGuards is not None and tensors and PLAIN_TYPES.issuperset(map(type, tensors)):
             sizes, strides = [list(t.size()) for t in tensors], [list(t.stride()) for t in tensors]
             guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)  # type: ignore[arg-type]
             self._check, self._count = guards.check, len(tensors)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import isfinite, sqrt
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -18,14 +19,18 @@ from torch import Tensor
 from . import schema
 from .checks import same_layout
 from .dtypes import arithmetic_dtype
+from .fingerprint import PLAIN_TYPES
 
 # Between these a sum of squares in fp32 cannot have overflowed, and what vanished cannot have mattered.
 _SAFE_NORM = (1e-15, 1e15)
 
 _FUSED_DEVICES = ("cpu", "cuda", "mps")
 
-# Not the half types: torch 2.13's fused SGD on the CPU fills a half-precision momentum buffer with garbage.
-_FUSED_DTYPES = (torch.float32, torch.float64)
+# The types that torch computes in. Only these are given to its fused kernels: torch 2.13's fused SGD on the CPU fills a
+# half-precision momentum buffer with garbage.
+_WIDE = frozenset((torch.float32, torch.float64))
+
+_dtype_of = attrgetter("dtype")
 
 
 def _refuse_accumulators(accumulators: Sequence[Tensor], weight: Tensor | None) -> None:
@@ -35,8 +40,8 @@ def _refuse_accumulators(accumulators: Sequence[Tensor], weight: Tensor | None) 
 
 def _by_group(count: int, *keys: Sequence[int]) -> Iterator[tuple[tuple[int, ...], list[int]]]:
     """Indices that share the same keys; an empty key list counts as all zero."""
-    if not any(keys):
-        yield (0,) * len(keys), list(range(count))
+    if all(len(set(key)) <= 1 for key in keys):
+        yield tuple(key[0] if key else 0 for key in keys), list(range(count))
         return
     found: dict[tuple[int, ...], list[int]] = {}
     for index in range(count):
@@ -50,6 +55,8 @@ def _pick(tensors: Sequence[Tensor], indices: list[int]) -> list[Tensor]:
 
 def _widened(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors in the dtype they are computed in: half-precision ones are copied to fp32."""
+    if _WIDE.issuperset(map(_dtype_of, tensors)):
+        return list(tensors)
     return [tensor.to(arithmetic_dtype(tensor.dtype)) for tensor in tensors]
 
 
@@ -62,7 +69,11 @@ def _norms_of(values: list[Tensor], inv_scale: Tensor | None) -> Tensor:
     if not values:
         return torch.zeros((), dtype=dtype)
     if values[0].device.type == "cpu":
-        norms = torch.stack([norm.double() for norm in torch._foreach_norm(values)])
+        one_dtype = len(set(map(_dtype_of, values))) == 1
+        norms = torch.stack(
+            list(torch._foreach_norm(values)) if one_dtype else [n.double() for n in torch._foreach_norm(values)]
+        )
+        norms = norms.double()
         in_range = all(n == 0 or _SAFE_NORM[0] < n < _SAFE_NORM[1] for n in norms.tolist())
         # Zero may be a sum of squares that vanished, so only a list whose tensors all have a sound norm ends here.
         if in_range and not bool((norms == 0).any()):
@@ -138,9 +149,9 @@ def perturb_(
             # where() and not a product with zero: 0 * inf is NaN.
             steps = [torch.where(sound, d * ratio.to(d.dtype), torch.zeros_like(d)) for d in directions]
             torch._foreach_add_(moved, steps)
-        rounded = [index for index, (wide, param) in enumerate(zip(moved, stored, strict=True)) if wide is not param]
+        rounded = [(param, wide) for param, wide in zip(stored, moved, strict=True) if wide is not param]
         if rounded:
-            torch._foreach_copy_([stored[index] for index in rounded], [moved[index] for index in rounded])
+            torch._foreach_copy_([param for param, _ in rounded], [wide for _, wide in rounded])
 
 
 def restore_(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
@@ -164,15 +175,16 @@ def _scaled(grads: list[Tensor], inv_scale: Tensor | None, clip: Tensor | None) 
 def _fusible(*lists: list[Tensor]) -> bool:
     """Whether torch's own fused kernel may take these lists: one dtype and matching dense layouts."""
     params = lists[0]
-    return (
-        params[0].device.type in _FUSED_DEVICES
-        and params[0].dtype in _FUSED_DTYPES
-        and all(
-            entry.dtype == params[0].dtype and type(entry) in (Tensor, torch.nn.Parameter) and same_layout(param, entry)
-            for entries in lists
-            for param, entry in zip(params, entries, strict=True)
-        )
-    )
+    if params[0].device.type not in _FUSED_DEVICES or params[0].dtype not in _WIDE:
+        return False
+    # A pass in C for each property and list: this is asked in every step.
+    if not all(set(map(_dtype_of, entries)) == {params[0].dtype} for entries in lists):
+        return False
+    if not all(PLAIN_TYPES.issuperset(map(type, entries)) for entries in lists):
+        return False
+    if all(all(map(Tensor.is_contiguous, entries)) for entries in lists):
+        return True
+    return all(all(map(same_layout, params, entries)) for entries in lists)
 
 
 def _saved_if_skippable(found_inf: Tensor | None, lists: Sequence[Sequence[Tensor]]) -> list[Tensor] | None:

@@ -25,9 +25,10 @@ def _chosen(device: str, backend: str | None) -> str:
     return backends.choose(torch.device(device), backend)
 
 
-def _run(
+def run(
     op: str, backend: str | None, lists: dict[str, Sequence[Tensor]], reference_list: str, arguments: dict[str, Any]
 ) -> Any:
+    """One of the operations below, over lists that were checked. ``reference_list`` is the one that decides the layout."""
     device = lists[reference_list][0].device
     compiling = torch.compiler.is_compiling()
     name = _chosen(str(device), backend) if compiling else backends.choose(device, backend)
@@ -81,11 +82,11 @@ def grad_norm(
     lists = {"grads": grads, **({"params": params} if any(scaling) else {})}
     if any(scaling):
         # The weights' arrangement in memory is the one to fit: they are the larger and the longer-lived.
-        scaled: tuple[Tensor, Tensor] = _run(
+        scaled: tuple[Tensor, Tensor] = run(
             "grad_norm", backend, lists, "params", {"scaling": list(scaling), "inv_scale": inv_scale}
         )
         return scaled
-    plain: tuple[Tensor, Tensor] = _run("grad_norm", backend, lists, "grads", {"inv_scale": inv_scale})
+    plain: tuple[Tensor, Tensor] = run("grad_norm", backend, lists, "grads", {"inv_scale": inv_scale})
     return plain
 
 
@@ -117,7 +118,7 @@ def perturb_(
     if not params:
         backends.check_name(backend)
         return
-    _run(
+    run(
         "perturb_",
         backend,
         {"params": params, "backups": backups, "grads": grads},
@@ -139,7 +140,7 @@ def restore_(params: Sequence[Tensor], backups: Sequence[Tensor], *, backend: st
     if not params:
         backends.check_name(backend)
         return
-    _run("restore_", backend, {"params": params, "backups": backups}, "params", {})
+    run("restore_", backend, {"params": params, "backups": backups}, "params", {})
 
 
 def restore_sgd_(
@@ -180,7 +181,7 @@ def restore_sgd_(
         return
     momentum = schema.SGD_COLUMNS.index("momentum")
     checks.check_state(momentum_buffers, "momentum_buffers", params, hyper, momentum, groups)
-    _run(
+    run(
         "restore_sgd_",
         backend,
         {"params": params, "backups": backups, "grads": grads, **with_momentum},
@@ -236,7 +237,7 @@ def restore_adamw_(
         return
     amsgrad = schema.ADAM_COLUMNS.index("amsgrad")
     checks.check_state(max_exp_avg_sqs, "max_exp_avg_sqs", params, hyper, amsgrad, groups)
-    _run(
+    run(
         "restore_adamw_",
         backend,
         {"params": params, "backups": backups, "grads": grads, **moments, **with_max, "steps": steps},

@@ -24,7 +24,7 @@ from torch.autograd.graph import increment_version
 from . import functional, native
 from .checks import check_tensor, is_dense, same_layout
 from .dtypes import CODES, SUPPORTED
-from .fingerprint import Fingerprint
+from .fingerprint import PLAIN_TYPES, Fingerprint
 
 # The layout of TensorRow: numel, group, scaling, first, dtypes, then one address per role.
 _FIRST_COLUMN = 3
@@ -32,10 +32,10 @@ _ADDRESSES = 5
 _ROLES = ("weight", "backup", "grad", "state0", "state1", "state2", "step", "accumulator")
 ROW_WORDS = _ADDRESSES + len(_ROLES)
 
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
 _GRAD_TYPE = frozenset((Tensor, torch.nn.Parameter))
 
 _dtype_of = attrgetter("dtype")
+_version_of = attrgetter("_version")
 _data_ptr = Tensor.data_ptr
 
 
@@ -45,6 +45,7 @@ class Gradients:
 
     tensors: Sequence[Tensor]
     addresses: Tensor | None  # int64, for the fast way; None where the lists must be taken
+    fit: bool  # whether the list operations would find nothing to say about them
 
 
 def _seen_by_torch_only() -> bool:
@@ -100,6 +101,7 @@ class TensorSet:
         self._dtypes = list(map(_dtype_of, self.params))
         self._numels = list(map(Tensor.numel, self.params))
         self._strides = list(map(Tensor.stride, self.params))
+        self._checked_before: set[str] = set()
         self._params_were = Fingerprint()
         self._grads_were = Fingerprint()
         if self._rows is not None:
@@ -111,7 +113,7 @@ class TensorSet:
 
     def _has_plain_memory(self) -> bool:
         return all(
-            type(t) in _PLAIN_TYPES and t.layout == torch.strided and not t.is_neg() for t in (*self._fixed, *self.backups)
+            type(t) in PLAIN_TYPES and t.layout == torch.strided and not t.is_neg() for t in (*self._fixed, *self.backups)
         )
 
     def _build_rows(self) -> Tensor | None:
@@ -170,9 +172,12 @@ class TensorSet:
             addresses = array("q", map(_data_ptr, grads))
             # Null is an empty tensor's address, or that of a gradient without memory (zero by definition, or freed).
             if 0 not in addresses or not any(n for n, address in zip(self._numels, addresses, strict=True) if not address):
-                return Gradients(grads, torch.frombuffer(addresses, dtype=torch.int64))
-        self._check_each(grads)
-        return Gradients(grads, None)
+                return Gradients(grads, torch.frombuffer(addresses, dtype=torch.int64), True)
+        if self._rows is not None or not self._grads_were.matches(grads):
+            self._check_each(grads)
+            if self._rows is None:
+                self._grads_were.take(grads)
+        return Gradients(grads, None, self._rows is None)
 
     def _fit_the_rows(self, grads: Sequence[Tensor]) -> bool:
         """Whether reading numel elements of the parameter's dtype from each gradient's address is right."""
@@ -199,11 +204,25 @@ class TensorSet:
 
     # ---- the operations ----------------------------------------------------------------------------------------------
 
+    def _lists(self, grads: Gradients, **others: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
+        return {"params": self.params, "backups": self.backups, "grads": grads.tensors, **others}
+
+    def _through_lists(self, op: str, grads: Gradients, lists: dict[str, Sequence[Tensor]], arguments: dict[str, Any]) -> Any:
+        """The list operation; once it has checked this set's lists, and for gradients that fit, without checking them again."""
+        if grads.fit and op in self._checked_before and self.params:
+            reference_list = "params" if "params" in lists else "grads"
+            return functional.run(op, self.backend, lists, reference_list, arguments)
+        result = getattr(functional, op)(**lists, **arguments, backend=self.backend)
+        self._checked_before.add(op)
+        return result
+
     def grad_norm(self, grads: Gradients, inv_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``functional.grad_norm``. The result tensors are reused by the next call."""
         if grads.addresses is None:
-            params = self.params if any(self.scaling) else ()
-            return functional.grad_norm(grads.tensors, params, self.scaling, inv_scale=inv_scale, backend=self.backend)
+            lists = {"grads": grads.tensors, **({"params": self.params} if any(self.scaling) else {})}
+            arguments = {"scaling": self.scaling, "inv_scale": inv_scale}
+            result: tuple[Tensor, Tensor] = self._through_lists("grad_norm", grads, lists, arguments)
+            return result
         torch.ops.sam_fused.prepared_grad_norm_(self._rows, grads.addresses, self._norm, self._found_inf, inv_scale)
         return self._norm, self._found_inf
 
@@ -211,26 +230,30 @@ class TensorSet:
         """``functional.perturb_``; afterwards ``perturbed`` is 1. If anything is thrown the weights are clean or ``w + e`` and
         ``perturbed`` says which."""
         if grads.addresses is not None:
-            arguments = (self._rows, grads.addresses, norm, hyper, self.perturbed, False, inv_scale)
-            torch.ops.sam_fused.prepared_perturb_(*arguments)
+            torch.ops.sam_fused.prepared_perturb_(self._rows, grads.addresses, norm, hyper, self.perturbed, False, inv_scale)
             increment_version(self.params)
             return
-        options: dict[str, Any] = {"inv_scale": inv_scale, "backend": self.backend}
+        arguments = {
+            "norm": norm,
+            "hyper": hyper,
+            "groups": self.groups,
+            "scaling": self.scaling,
+            "inv_scale": inv_scale,
+        }
         if self.backend == "foreach":
-            self._perturb_in_two_calls(grads.tensors, norm, hyper, options)
+            self._perturb_in_two_calls(grads, arguments)
             return
         # The backup first, then the cell, then the weights: an interrupt between any two leaves something restorable.
         functional.restore_(self.backups, self.params, backend=self.backend)
         self.perturbed.fill_(1)
-        lists = (self.params, self.backups, grads.tensors, norm, hyper, self.groups, self.scaling)
-        functional.perturb_(*lists, backup_exists=True, **options)
+        self._through_lists("perturb_", grads, self._lists(grads), {**arguments, "backup_exists": True})
 
-    def _perturb_in_two_calls(self, grads: Sequence[Tensor], norm: Tensor, hyper: Tensor, options: dict[str, Any]) -> None:
+    def _perturb_in_two_calls(self, grads: Gradients, arguments: dict[str, Any]) -> None:
         # foreach copies the backup and then adds, so the backup need not be copied twice as above: if it was interrupted, the
         # backups' versions tell whether the weights can have moved.
-        before = [backup._version for backup in self.backups]
+        before = list(map(_version_of, self.backups))
         try:
-            functional.perturb_(self.params, self.backups, grads, norm, hyper, self.groups, self.scaling, **options)
+            self._through_lists("perturb_", grads, self._lists(grads), arguments)
             self.perturbed.fill_(1)
         except BaseException:
             if any(backup._version != version for backup, version in zip(self.backups, before, strict=True)):
@@ -253,9 +276,9 @@ class TensorSet:
     def restore_sgd_(self, grads: Gradients, hyper: Tensor, **scalars: Tensor | None) -> None:
         """``functional.restore_sgd_`` with the set's momentum buffers."""
         if grads.addresses is None:
-            buffers = self.states[0] if self.states else []
-            lists = (self.params, self.backups, grads.tensors, buffers, hyper, self.groups, self.first)
-            functional.restore_sgd_(*lists, **scalars, backend=self.backend)  # type: ignore[arg-type]
+            lists = self._lists(grads, momentum_buffers=self.states[0] if self.states else [])
+            arguments = {"hyper": hyper, "groups": self.groups, "first": self.first, **scalars}
+            self._through_lists("restore_sgd_", grads, lists, arguments)
             self.perturbed.fill_(0)
         else:
             torch.ops.sam_fused.prepared_restore_sgd_(self._rows, grads.addresses, hyper, self.perturbed, **scalars)
@@ -272,8 +295,9 @@ class TensorSet:
     def restore_adamw_(self, grads: Gradients, hyper: Tensor, **scalars: Tensor | None) -> None:
         """``functional.restore_adamw_`` with the set's moments and step counts."""
         if grads.addresses is None:
-            lists = (self.params, self.backups, grads.tensors, *self.states, self.steps, hyper, self.groups)
-            functional.restore_adamw_(*lists, **scalars, backend=self.backend)  # type: ignore[arg-type]
+            names = ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
+            lists = self._lists(grads, **dict(zip(names, self.states, strict=True)), steps=self.steps)
+            self._through_lists("restore_adamw_", grads, lists, {"hyper": hyper, "groups": self.groups, **scalars})
             self.perturbed.fill_(0)
             return
         torch.ops.sam_fused.prepared_restore_adamw_(self._rows, grads.addresses, hyper, self.perturbed, **scalars)
