@@ -117,17 +117,6 @@ class Plan {
     }
   }
 
-  // The same run from the back: what a previous pass touched last is still in the cache.
-  template <class F>
-  void for_each_reversed(int64_t begin, int64_t end, F f) const {
-    if (begin >= end) return;
-    int64_t tensor = tensor_of(end - 1);
-    for (int64_t c = end - 1; c >= begin; --c) {
-      while (first_chunk_[tensor] > c) --tensor;
-      f(c, chunk_in(tensor, c));
-    }
-  }
-
  private:
   int64_t chunk_;
   int64_t elements_ = 0;

@@ -163,15 +163,6 @@ inline void stream_bytes(char* to, const char* from, int64_t bytes) {
   __builtin_memcpy(to, from, bytes);
 }
 
-// Streamed stores are not ordered with the stores that announce the chunk as done; this orders them.
-inline void end_of_stream(bool stream) {
-#if defined(__SSE2__)
-  if (stream) _mm_sfence();
-#else
-  (void)stream;
-#endif
-}
-
 inline void write_bytes(char* to, const char* from, int64_t bytes, bool stream) {
   if (stream) stream_bytes(to, from, bytes);
   else __builtin_memcpy(to, from, bytes);
@@ -339,7 +330,6 @@ void restore(const TensorRow& row, const Chunk& chunk, bool stream) {
   if (row.address[kWeight] == row.address[kBackup]) return;
   const int64_t size = size_of(row.dtype(kWeight));
   write_bytes(at(row, kWeight, chunk.begin), at(row, kBackup, chunk.begin), chunk.count * size, stream);
-  end_of_stream(stream);
 }
 
 // The inner loops take their constants by value: one that a store might change could not stay in a register.
@@ -370,7 +360,6 @@ void perturb_chunk(const TensorRow& row, const Chunk& chunk, const PerturbConsta
     perturb_loop(w, g, out, n, static_cast<T>(k.c), adaptive);
     store(row, kWeight, element, n, out, stream_weight);
   });
-  end_of_stream(k.stream);
 }
 
 void perturb(const TensorRow& row, const Chunk& chunk, const PerturbConstants& k) {
@@ -378,7 +367,7 @@ void perturb(const TensorRow& row, const Chunk& chunk, const PerturbConstants& k
     if (k.backup_exists) return restore(row, chunk, k.stream);
     const int64_t size = size_of(row.dtype(kWeight));
     write_bytes(at(row, kBackup, chunk.begin), at(row, kWeight, chunk.begin), chunk.count * size, k.stream);
-    return end_of_stream(k.stream);
+    return;
   }
   with_arithmetic_type(row, [&](auto zero) { perturb_chunk<decltype(zero)>(row, chunk, k); });
 }
@@ -443,7 +432,6 @@ void sgd_chunk(const TensorRow& row, const Chunk& chunk, const SgdConstants<doub
     if (v_out != nullptr) store(row, kState0, element, n, v_out, false);
     store(row, kWeight, element, n, out, stream);
   });
-  end_of_stream(stream);
 }
 
 void sgd(const TensorRow& row, const Chunk& chunk, const SgdConstants<double>& k, bool stream) {
@@ -503,7 +491,6 @@ void adam_chunk(const TensorRow& row, const Chunk& chunk, const AdamConstants<do
     store(row, kState1, element, n, b.v_out, false);
     store(row, kWeight, element, n, b.w_out, stream);
   });
-  end_of_stream(stream);
 }
 
 void adam_step(const TensorRow& row, const Chunk& chunk, const AdamConstants<double>& k, bool stream) {

@@ -4,10 +4,15 @@
 
 #include <atomic>
 #include <cmath>
+#include <fstream>
+#include <string>
 #include <vector>
 
 #if defined(__linux__)
 #include <unistd.h>
+#endif
+#if defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 #include "cpu/kernels.h"
@@ -21,8 +26,15 @@ constexpr int64_t kSerialElements = 256 * 1024;
 // More pieces than threads, so a thread that another process holds up is overtaken instead of waited for.
 constexpr int64_t kPiecesPerThread = 8;
 
+// What the kernel says, in preference to sysconf: glibc 2.36 takes some AMD processors' 32 MiB for 320.
 int64_t last_level_cache_bytes() {
   static const int64_t bytes = [] {
+    for (const char* index : {"3", "2"}) {
+      std::ifstream file(std::string("/sys/devices/system/cpu/cpu0/cache/index") + index + "/size");
+      int64_t size = 0;
+      char unit = 0;
+      if (file >> size >> unit && size > 0) return unit == 'M' ? size << 20 : unit == 'K' ? size << 10 : size;
+    }
     int64_t found = 0;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
     found = sysconf(_SC_LEVEL3_CACHE_SIZE);
@@ -42,14 +54,20 @@ bool worth_streaming(const Plan& plan, int64_t accesses) {
   return plan.elements() * accesses * int64_t{4} > last_level_cache_bytes();
 }
 
-enum class Order { kForward, kReversed };
+// Non-temporal stores are not ordered with the store that tells other threads that a piece is done; this orders them. Once a
+// piece and not once a chunk: it waits until the write buffers are empty.
+void order_streamed_stores() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 
 // f(chunk number, Chunk) for every chunk, each exactly once, on torch's threads.
 template <class F>
-void for_each_chunk(const Plan& plan, Order order, const F& f) {
+void for_each_chunk(const Plan& plan, const F& f) {
   const auto run = [&](int64_t begin, int64_t end) {
-    if (order == Order::kForward) plan.for_each(begin, end, f);
-    else plan.for_each_reversed(begin, end, f);
+    plan.for_each(begin, end, f);
+    order_streamed_stores();
   };
   const int64_t threads = torch::stable::get_num_threads();
   if (threads <= 1 || plan.elements() < kSerialElements) return run(0, plan.chunks());
@@ -59,8 +77,7 @@ void for_each_chunk(const Plan& plan, Order order, const F& f) {
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t taken = next.fetch_add(1); taken < pieces; taken = next.fetch_add(1)) {
-      const int64_t piece = order == Order::kForward ? taken : pieces - 1 - taken;
-      run(bounds[piece], bounds[piece + 1]);
+      run(bounds[taken], bounds[taken + 1]);
     }
   });
 }
@@ -80,7 +97,7 @@ double grad_norm(Rows rows, double inv_scale) {
   const Plan plan = plan_of(rows);
   std::vector<SumOfSquares> slots(plan.chunks());
   const Kernels& kernel = kernels();
-  for_each_chunk(plan, Order::kForward, [&](int64_t c, const Chunk& chunk) {
+  for_each_chunk(plan, [&](int64_t c, const Chunk& chunk) {
     kernel.sum_of_squares(rows.data[chunk.tensor], chunk, inv_scale, &slots[c]);
   });
   SumOfSquares total;
@@ -103,8 +120,8 @@ void perturb(Rows rows, double norm, const double* hyper, double inv_scale, bool
     const double c = rows.data[t].dtype(kWeight) == DType::kFloat64 ? ratio * inv_scale : double(float(ratio * inv_scale));
     constants[t] = {c, std::isfinite(norm) && norm != 0 && c != 0 && std::isfinite(c), backup_exists, stream};
   }
-  // Backwards: the norm went forwards over the same gradients, so their end is still in the cache.
-  for_each_chunk(plan, Order::kReversed, [&](int64_t, const Chunk& chunk) {
+  // Forwards, as the norm went: starting with the gradients that it left in the cache measured 3 to 8 % slower.
+  for_each_chunk(plan, [&](int64_t, const Chunk& chunk) {
     kernel.perturb(rows.data[chunk.tensor], chunk, constants[chunk.tensor]);
   });
 }
@@ -113,7 +130,7 @@ void restore(Rows rows) {
   const Plan plan = plan_of(rows);
   const Kernels& kernel = kernels();
   const bool stream = worth_streaming(plan, 2);
-  for_each_chunk(plan, Order::kForward,
+  for_each_chunk(plan,
                  [&](int64_t, const Chunk& chunk) { kernel.restore(rows.data[chunk.tensor], chunk, stream); });
 }
 
@@ -134,7 +151,7 @@ void restore_sgd(Rows rows, const double* hyper, const GradPolicy& policy) {
                     h[kSgdWeightDecay] != 0,
                     h[kNesterov] != 0};
   }
-  for_each_chunk(plan, Order::kForward, [&](int64_t, const Chunk& chunk) {
+  for_each_chunk(plan, [&](int64_t, const Chunk& chunk) {
     const TensorRow& row = rows.data[chunk.tensor];
     // Where the weight is its own backup it is read, so it is already in the cache.
     const bool stream_weight = stream && row.address[kWeight] != row.address[kBackup];
@@ -177,7 +194,7 @@ void restore_adamw(Rows rows, const double* hyper, const GradPolicy& policy) {
                     h[kAdamWeightDecay] != 0 && !decoupled,
                     h[kAmsgrad] != 0};
   }
-  for_each_chunk(plan, Order::kForward, [&](int64_t, const Chunk& chunk) {
+  for_each_chunk(plan, [&](int64_t, const Chunk& chunk) {
     const TensorRow& row = rows.data[chunk.tensor];
     const bool stream_weight = stream && row.address[kWeight] != row.address[kBackup];
     kernel.adam(row, chunk, constants[chunk.tensor], stream_weight);

@@ -230,8 +230,8 @@ class TensorSet:
         """``functional.perturb_``; afterwards ``perturbed`` is 1. If anything is thrown the weights are clean or ``w + e`` and
         ``perturbed`` says which."""
         if grads.addresses is not None:
+            increment_version(self.params)  # before: the checks have just brought these objects into the cache
             torch.ops.sam_fused.prepared_perturb_(self._rows, grads.addresses, norm, hyper, self.perturbed, False, inv_scale)
-            increment_version(self.params)
             return
         arguments = {
             "norm": norm,
@@ -267,8 +267,8 @@ class TensorSet:
     def restore_(self) -> None:
         """``functional.restore_``; afterwards ``perturbed`` is 0."""
         if self._rows is not None and not _seen_by_torch_only() and self.is_current():
-            torch.ops.sam_fused.prepared_restore_(self._rows, self.perturbed)
             increment_version(self.params)
+            torch.ops.sam_fused.prepared_restore_(self._rows, self.perturbed)
             return
         functional.restore_(self.params, self.backups, backend=self.backend)
         self.perturbed.fill_(0)
@@ -281,8 +281,8 @@ class TensorSet:
             self._through_lists("restore_sgd_", grads, lists, arguments)
             self.perturbed.fill_(0)
         else:
-            torch.ops.sam_fused.prepared_restore_sgd_(self._rows, grads.addresses, hyper, self.perturbed, **scalars)
             increment_version(self._fixed)
+            torch.ops.sam_fused.prepared_restore_sgd_(self._rows, grads.addresses, hyper, self.perturbed, **scalars)
         self._momentum_exists(scalars.get("found_inf"))
 
     def _momentum_exists(self, found_inf: Tensor | None) -> None:
@@ -300,8 +300,8 @@ class TensorSet:
             self._through_lists("restore_adamw_", grads, lists, {"hyper": hyper, "groups": self.groups, **scalars})
             self.perturbed.fill_(0)
             return
-        torch.ops.sam_fused.prepared_restore_adamw_(self._rows, grads.addresses, hyper, self.perturbed, **scalars)
         increment_version(self._fixed)
+        torch.ops.sam_fused.prepared_restore_adamw_(self._rows, grads.addresses, hyper, self.perturbed, **scalars)
 
 
 class HyperTable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import repeat
-from operator import attrgetter, is_, is_not
+from operator import is_, is_not
 from typing import Any
 
 import torch
@@ -15,8 +15,6 @@ from sam_fused.ops.prepared import HyperTable, TensorSet
 from .ascent import Ascent, Part, partition
 from .bases import FusedBase, FusedState, fused_base
 from .state import Control
-
-_is_cpu = attrgetter("is_cpu")
 
 
 class FusedPart:
@@ -56,11 +54,10 @@ class Descent:
             ascent.restore()
             return
         family = fused_base(base)
-        if family is None or not all(map(_is_cpu, params)):
+        complete = all(map(is_not, grads, repeat(None)))
+        if family is None or not self._prepare(family, base, ascent, params, grads, complete):
             self._step_unfused(base, ascent, params, grads, grad_scale, found_inf)
             return
-        complete = all(map(is_not, grads, repeat(None)))
-        self._prepare(family, base, ascent, params, grads, complete)
         hyper = self._hyper.update([family.hyper(group) for group in base.param_groups])
         checked = [entry.part.tensors.checked(entry.part.pick(grads)) for entry in self._parts]
         scalars = _scalars(grad_scale, found_inf)
@@ -85,16 +82,20 @@ class Descent:
         params: list[Tensor],
         grads: list[Tensor | None],
         complete: bool,
-    ) -> None:
+    ) -> bool:
+        """Makes ``_parts`` those of this step. False where the fused form does not serve these parameters."""
         perturbed = tuple(id(part) for part in ascent.parts if part.tensors.is_perturbed)
         layout = tuple((len(g["params"]), family.state_keys(g), bool(g.get("nesterov"))) for g in base.param_groups)
         key = (id(base), perturbed, layout, None if complete else tuple(grad is None for grad in grads))
         same_params = len(params) == len(self._params) and all(map(is_, params, self._params))
         if key == self._key and same_params and all(entry.is_current() for entry in self._parts):
-            return
+            return True
         self._params, self._key = list(params), None
+        if not all(param.is_cpu for param in params):
+            return False
         self._parts = list(self._build(family, base, ascent, params, grads))
         self._key = key
+        return True
 
     def _build(
         self, family: FusedBase, base: Optimizer, ascent: Ascent, params: list[Tensor], grads: list[Tensor | None]

@@ -25,7 +25,7 @@ EXPORT void plan_split(const Plan* plan, int64_t pieces, int64_t* out) {
   std::copy(bounds.begin(), bounds.end(), out);
 }
 // Four numbers a visit: chunk, tensor, begin, count. Returns the visits; writes no more than `room` of them.
-EXPORT int64_t plan_walk(const Plan* plan, int64_t begin, int64_t end, int reversed, int64_t room, int64_t* out) {
+EXPORT int64_t plan_walk(const Plan* plan, int64_t begin, int64_t end, int64_t room, int64_t* out) {
   int64_t visits = 0;
   const auto visit = [&](int64_t c, const Chunk& chunk) {
     if (visits < room) {
@@ -34,8 +34,7 @@ EXPORT int64_t plan_walk(const Plan* plan, int64_t begin, int64_t end, int rever
     }
     ++visits;
   };
-  if (reversed) plan->for_each_reversed(begin, end, visit);
-  else plan->for_each(begin, end, visit);
+  plan->for_each(begin, end, visit);
   return visits;
 }
 EXPORT int64_t plan_constant(int which) {

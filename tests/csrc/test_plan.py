@@ -38,14 +38,13 @@ class Plan:
         self._library.plan_split(self._plan, ctypes.c_int64(pieces), out)
         return list(out)
 
-    def walk(self, begin, end, backwards=False):
+    def walk(self, begin, end):
         room = max(end - begin, 0) + 8
         out = np.full((room, 4), -1, dtype=np.int64)
         visits = self._library.plan_walk(
             self._plan,
             ctypes.c_int64(begin),
             ctypes.c_int64(end),
-            int(backwards),
             ctypes.c_int64(room),
             ctypes.c_void_p(out.ctypes.data),
         )
@@ -91,7 +90,6 @@ def test_any_run_of_chunks_both_ways(plan_and_element, numels, chunk, data):
     end = data.draw(st.integers(begin, len(wanted)))
     with planned(plan_and_element, numels, chunk) as plan:
         assert plan.walk(begin, end) == wanted[begin:end]
-        assert plan.walk(begin, end, backwards=True) == wanted[begin:end][::-1]
         assert plan.walk(end, begin if begin < end else end) == []
 
 
@@ -153,7 +151,7 @@ def test_sizes_beyond_two_to_the_31(plan_and_element, numels, pieces):
         if plan.chunks:
             sizes = np.diff(bounds)
             assert sizes.max() - plan.chunks / pieces <= 2 + len(numels)
-            assert plan.walk(plan.chunks - 1, plan.chunks) == plan.walk(plan.chunks - 1, plan.chunks, backwards=True)
+            assert plan.walk(plan.chunks - 1, plan.chunks) == [(plan.chunks - 1, *plan.chunk(plan.chunks - 1))]
 
 
 def test_the_largest_tensor_there_can_be(plan_and_element):
