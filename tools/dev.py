@@ -30,10 +30,11 @@ def build(extra: list[str]) -> int:
 
 
 def test(extra: list[str]) -> int:
-    """pytest over tests/, or over what the arguments say"""
+    """pytest over tests/, in two processes; or over what the arguments say, in one"""
     environment = prepare("test")
     ensure_built(environment)
-    return environment.run("-m", "pytest", *extra)
+    # Two, whatever the machine: most tests are short and single-threaded, and importing torch takes longer than many.
+    return environment.run("-m", "pytest", *(extra or ["--numprocesses=2", "--dist=loadgroup"]))
 
 
 def lint(extra: list[str]) -> int:

@@ -201,9 +201,8 @@ class SAM(Optimizer):
     def _step_with_closure(self, closure: Callable[[], Any], first_pass_done: bool) -> Any:
         self._refuse_scaled_closure()
         self._control.require(Move.STEP_CLOSURE)
-        evaluate = torch.enable_grad()(closure)
         if self._control.state is State.READY:
-            loss = evaluate()
+            loss = _evaluate(closure)
             self._base_step()
             return loss
         if not first_pass_done:
@@ -211,15 +210,15 @@ class SAM(Optimizer):
         if not self._control.enabled:
             if not first_pass_done:
                 self._clear_gradients()
-            loss = evaluate()
+            loss = _evaluate(closure)
             self._base_step()
             return loss
         clean_loss = None
         if not first_pass_done:
             self._clear_gradients()
-            clean_loss = evaluate()
+            clean_loss = _evaluate(closure)
         with self._perturbed_until_error():
-            perturbed_loss = evaluate()
+            perturbed_loss = _evaluate(closure)
             self._base_step()
         self._control.clean_loss = _detached(clean_loss)
         self._control.perturbed_loss = _detached(perturbed_loss)
@@ -317,7 +316,9 @@ class SAM(Optimizer):
             self._control.left = [None if grad is None else weakref.ref(grad) for grad in grads]
 
     def _params(self) -> list[Tensor]:
-        return list(chain.from_iterable(group["params"] for group in self.param_groups))
+        """The parameters of all groups; to be read, not kept: of a single group it is the group's own list."""
+        own = self.base_optimizer.param_groups
+        return own[0]["params"] if len(own) == 1 else list(chain.from_iterable([group["params"] for group in own]))
 
     def _clear_gradients(self) -> None:
         for param in self._params():
@@ -469,6 +470,13 @@ class _Filler:
                 group.setdefault(key, value)
         self._kept = []
         groups.fill(base, self._names, self._values)
+
+
+def _evaluate(closure: Callable[[], Any]) -> Any:
+    if torch.is_grad_enabled():
+        return closure()
+    with torch.enable_grad():
+        return closure()
 
 
 def _detached(loss: Any) -> Any:

@@ -16,6 +16,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if here in Path(item.fspath).parents:
             item.add_marker(pytest.mark.package)
+            # One process builds and installs; two would compile everything twice.
+            item.add_marker(pytest.mark.xdist_group("package"))
 
 
 @pytest.fixture
