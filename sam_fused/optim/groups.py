@@ -45,3 +45,27 @@ def fill(base: Optimizer, names: dict[str, str], values: dict[str, Any], since: 
         for name, key in names.items():
             group.setdefault(key, values[name])
         check_group(group, names, index)
+
+
+class Filler:
+    """Keeps our keys in groups that reach the base optimizer without passing through SAM: a plain checkpoint loaded into
+    either, a group added to the base alone."""
+
+    def __init__(self, names: dict[str, str], values: dict[str, Any]) -> None:
+        self._names = names
+        self._values = values
+        self._kept: list[dict[str, Any]] = []
+
+    def remember(self, base: Optimizer, state_dict: dict[str, Any]) -> None:
+        self._kept = [{key: group[key] for key in self._names.values() if key in group} for group in base.param_groups]
+
+    def fill(self, base: Optimizer) -> None:
+        """Gives groups the keys that they lack: those they had before a load, else the constructor's."""
+        last = next(iter(self._names.values()))
+        if not self._kept and all(last in group for group in base.param_groups):
+            return
+        for group, kept in zip(base.param_groups, self._kept, strict=False):
+            for key, value in kept.items():
+                group.setdefault(key, value)
+        self._kept = []
+        fill(base, self._names, self._values)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sam_fused.ops.dtypes import SUPPORTED, SUPPORTED_NAMES
 from sam_fused.ops.functional import combined_norm
 from sam_fused.ops.metrics import PerturbationMetrics
 
 from . import groups
+from .arguments import check_params, keys_of, own_values
 from .ascent import Ascent
 from .descent import Descent
 from .state import Control, Move, State
@@ -100,9 +100,11 @@ class SAM(Optimizer):
         track_perturbation: bool = False,
         **kwargs: Any,
     ) -> None:
-        base_keys = _keys_of(params, base_optimizer)
+        if isinstance(params, SAM) or (isinstance(base_optimizer, type) and issubclass(base_optimizer, SAM)):
+            raise TypeError("base_optimizer: expected a base optimizer, got SAM itself: pass its base_optimizer.")
+        base_keys = keys_of(params, base_optimizer)
         names = groups.key_names(base_keys)
-        values = _own_values(kwargs, names, params, base_optimizer)
+        values = own_values(kwargs, names, params, base_optimizer)
         if isinstance(params, Optimizer):
             if kwargs:
                 raise TypeError(
@@ -114,7 +116,7 @@ class SAM(Optimizer):
             assert base_optimizer is not None
             base = base_optimizer(params, **kwargs)
         for group in base.param_groups:
-            _check_params(group["params"])
+            check_params(group["params"])
         groups.fill(base, names, values)
         control = Control(backend=backend, track_perturbation=track_perturbation)
         self._attach(base, names, values, control)
@@ -123,7 +125,7 @@ class SAM(Optimizer):
         # Through __dict__: `state` and `param_groups` are properties that read the base's, and Optimizer.__init__ is not
         # called because it would make a second set of both.
         self.__dict__.update(base_optimizer=base, _names=names, _control=control)
-        self._fill = _Filler(names, values)
+        self._fill = groups.Filler(names, values)
         base.register_load_state_dict_pre_hook(self._fill.remember)
         base.register_load_state_dict_post_hook(self._fill.fill)
         self._ascent = Ascent(control, names)
@@ -365,7 +367,7 @@ class SAM(Optimizer):
         groups.check_group(candidate, self._names, known)
         base.add_param_group(param_group)
         try:
-            _check_params(base.param_groups[-1]["params"])
+            check_params(base.param_groups[-1]["params"])
         except TypeError:
             base.param_groups.pop()
             raise
@@ -448,30 +450,6 @@ def perturbed(optimizer: Any) -> Any:
     return inner.perturbed()
 
 
-class _Filler:
-    """Keeps our keys in groups that reach the base optimizer without passing through SAM: a plain checkpoint loaded into
-    either, a group added to the base alone."""
-
-    def __init__(self, names: dict[str, str], values: dict[str, Any]) -> None:
-        self._names = names
-        self._values = values
-        self._kept: list[dict[str, Any]] = []
-
-    def remember(self, base: Optimizer, state_dict: dict[str, Any]) -> None:
-        self._kept = [{key: group[key] for key in self._names.values() if key in group} for group in base.param_groups]
-
-    def fill(self, base: Optimizer) -> None:
-        """Gives groups the keys that they lack: those they had before a load, else the constructor's."""
-        last = next(iter(self._names.values()))
-        if not self._kept and all(last in group for group in base.param_groups):
-            return
-        for group, kept in zip(base.param_groups, self._kept, strict=False):
-            for key, value in kept.items():
-                group.setdefault(key, value)
-        self._kept = []
-        groups.fill(base, self._names, self._values)
-
-
 def _evaluate(closure: Callable[[], Any]) -> Any:
     if torch.is_grad_enabled():
         return closure()
@@ -481,59 +459,3 @@ def _evaluate(closure: Callable[[], Any]) -> Any:
 
 def _detached(loss: Any) -> Any:
     return loss.detach() if isinstance(loss, Tensor) else loss
-
-
-def _keys_of(params: Any, base_optimizer: Any) -> set[str]:
-    """The names that the base optimizer owns, in its groups or its constructor. Refuses bases that cannot be one."""
-    if isinstance(params, Optimizer):
-        if base_optimizer is not None:
-            raise TypeError(
-                "base_optimizer: expected nothing beside an optimizer instance, got "
-                f"{getattr(base_optimizer, '__name__', type(base_optimizer).__name__)}: "
-                "pass SAM(optimizer) or SAM(params, optimizer_class)."
-            )
-        base_class: type[Optimizer] = type(params)
-        keys = set(params.defaults)
-    else:
-        if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
-            got = getattr(base_optimizer, "__name__", f"an instance of {type(base_optimizer).__name__}")
-            raise TypeError(
-                f"base_optimizer: expected an optimizer class such as torch.optim.SGD, got {got}: "
-                "pass SAM(params, torch.optim.SGD, lr=0.1), or an optimizer instance alone, SAM(optimizer)."
-            )
-        base_class = base_optimizer
-        code = base_class.__init__.__code__
-        keys = set(code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount])
-    for name, reason in (
-        ("LBFGS", "calls its closure many times at weights of its own choosing"),
-        ("SparseAdam", "needs sparse gradients, which SAM's norm and perturbation do not take"),
-    ):
-        if base_class.__name__ == name:
-            raise TypeError(f"base_optimizer: expected a first-order optimizer, got {name}, which {reason}: use SGD or AdamW.")
-    if issubclass(base_class, SAM):
-        raise TypeError("base_optimizer: expected a base optimizer, got SAM itself: pass its base_optimizer.")
-    return keys
-
-
-def _own_values(kwargs: dict[str, Any], names: dict[str, str], params: Any, base_optimizer: Any) -> dict[str, Any]:
-    """Takes SAM's own keywords out of ``kwargs``, leaving the base optimizer's."""
-    values = {}
-    for name, default in groups.DEFAULTS.items():
-        key = names[name]
-        if key != name and name in kwargs and not isinstance(params, Optimizer):
-            raise TypeError(
-                f"{name}: expected {key} for SAM because {base_optimizer.__name__} has a {name} of its own, got {name}="
-                f"{kwargs[name]!r}: pass {key}={default} for SAM's, and set the base's own where you construct it, "
-                f"SAM({base_optimizer.__name__}(params, {name}=...), {key}=...)."
-            )
-        values[name] = kwargs.pop(key, kwargs.pop(name, default) if isinstance(params, Optimizer) else default)
-    return values
-
-
-def _check_params(params: Iterable[Tensor]) -> None:
-    for index, param in enumerate(params):
-        if param.dtype not in SUPPORTED or param.is_quantized or param.layout != torch.strided:
-            raise TypeError(
-                f"parameter {index} of shape {tuple(param.shape)}: expected {SUPPORTED_NAMES}, dense, got {param.dtype} "
-                f"({param.layout}): convert it, or give it to an optimizer of its own."
-            )

@@ -1,0 +1,69 @@
+"""What SAM's constructor is given: a base optimizer as a class or an instance, our keywords beside its own, parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sam_fused.ops.dtypes import SUPPORTED, SUPPORTED_NAMES
+
+from . import groups
+
+
+def keys_of(params: Any, base_optimizer: Any) -> set[str]:
+    """The names that the base optimizer owns, in its groups or its constructor. Refuses bases that cannot be one."""
+    if isinstance(params, Optimizer):
+        if base_optimizer is not None:
+            raise TypeError(
+                "base_optimizer: expected nothing beside an optimizer instance, got "
+                f"{getattr(base_optimizer, '__name__', type(base_optimizer).__name__)}: "
+                "pass SAM(optimizer) or SAM(params, optimizer_class)."
+            )
+        base_class: type[Optimizer] = type(params)
+        keys = set(params.defaults)
+    else:
+        if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
+            got = getattr(base_optimizer, "__name__", f"an instance of {type(base_optimizer).__name__}")
+            raise TypeError(
+                f"base_optimizer: expected an optimizer class such as torch.optim.SGD, got {got}: "
+                "pass SAM(params, torch.optim.SGD, lr=0.1), or an optimizer instance alone, SAM(optimizer)."
+            )
+        base_class = base_optimizer
+        code = base_class.__init__.__code__
+        keys = set(code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount])
+    for name, reason in (
+        ("LBFGS", "calls its closure many times at weights of its own choosing"),
+        ("SparseAdam", "needs sparse gradients, which SAM's norm and perturbation do not take"),
+    ):
+        if base_class.__name__ == name:
+            raise TypeError(f"base_optimizer: expected a first-order optimizer, got {name}, which {reason}: use SGD or AdamW.")
+    return keys
+
+
+def own_values(kwargs: dict[str, Any], names: dict[str, str], params: Any, base_optimizer: Any) -> dict[str, Any]:
+    """Takes SAM's own keywords out of ``kwargs``, leaving the base optimizer's."""
+    values = {}
+    for name, default in groups.DEFAULTS.items():
+        key = names[name]
+        if key != name and name in kwargs and not isinstance(params, Optimizer):
+            raise TypeError(
+                f"{name}: expected {key} for SAM because {base_optimizer.__name__} has a {name} of its own, got {name}="
+                f"{kwargs[name]!r}: pass {key}={default} for SAM's, and set the base's own where you construct it, "
+                f"SAM({base_optimizer.__name__}(params, {name}=...), {key}=...)."
+            )
+        values[name] = kwargs.pop(key, kwargs.pop(name, default) if isinstance(params, Optimizer) else default)
+    return values
+
+
+def check_params(params: Iterable[Tensor]) -> None:
+    """Refuses parameters that the kernels cannot read."""
+    for index, param in enumerate(params):
+        if param.dtype not in SUPPORTED or param.is_quantized or param.layout != torch.strided:
+            raise TypeError(
+                f"parameter {index} of shape {tuple(param.shape)}: expected {SUPPORTED_NAMES}, dense, got {param.dtype} "
+                f"({param.layout}): convert it, or give it to an optimizer of its own."
+            )
