@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sam_fused import ops
-from tests.ops.cases import FP32, FP64
+from tests.ops.cases import BF16, FP16, FP32, FP64
 from tests.ops.runner import table
 
 STEPS = 20
@@ -105,3 +105,40 @@ def test_two_steps_by_hand(backend):
         ops.perturb_([w], [backup], [w.clone()], norm, table([[0.1, 0.0]]), backend=backend)
         ops.restore_sgd_([w], [backup], [w.clone()], [v], table([[0.1, 0.9, 0, 0, 0, 0]]), first=[first], backend=backend)
         assert w.item() == pytest.approx(wanted, rel=1e-14)
+
+
+# Torch rounds d, the momentum, m, v and the denominator to storage, up to 5 times half a unit of the update each in one step;
+# we round each stored value once. Both round the weight, and AdamW's torch a decayed weight before that.
+HALF_UNITS = {"update": 8, "weight": 2}
+
+
+@pytest.mark.parametrize("storage", [BF16, FP16], ids=lambda s: s.name)
+@pytest.mark.parametrize("base", ["sgd", "adam", "adamw"])
+def test_one_step_of_half_types_is_torch_within_units(base, storage, backend):
+    torch.manual_seed(7)
+    w, g, v, m = (torch.randn(4000).to(storage.dtype) for _ in range(4))
+    s = torch.rand(4000).add(0.5).to(storage.dtype)
+    param = torch.nn.Parameter(w.clone())
+    param.grad = g.clone()
+    lr, unit = 0.5, 2 * storage.roundoff
+    if base == "sgd":
+        optimizer = torch.optim.SGD([param], lr=lr, momentum=0.9, weight_decay=0.01, nesterov=True, foreach=False)
+        optimizer.state[param]["momentum_buffer"] = v.clone()
+        ops.restore_sgd_([w], [w], [g], [v], table([[lr, 0.9, 0, 0.01, 1, 0]]), backend=backend)
+        terms = g.float().abs() + 0.9 * optimizer.state[param]["momentum_buffer"].float().abs()
+    else:
+        optimizer_class = torch.optim.AdamW if base == "adamw" else torch.optim.Adam
+        optimizer = optimizer_class([param], lr=lr, weight_decay=0.1, foreach=False)
+        state = {"step": torch.tensor(3.0), "exp_avg": m.clone(), "exp_avg_sq": s.clone()}
+        optimizer.state[param].update(state)
+        row = [lr, 0.9, 0.999, 1e-8, 0.1, float(base == "adamw"), 0, 0]
+        ops.restore_adamw_([w], [w], [g], [m], [s], [], [torch.tensor(3.0)], table([row]), backend=backend)
+        # The moments' terms without their signs, since they may cancel, with the bias corrections of step 4.
+        terms = (0.9 * state["exp_avg"].float().abs() + 0.1 * g.float().abs()) / (1 - 0.9**4)
+        terms = terms / (state["exp_avg_sq"].float() / (1 - 0.999**4)).sqrt()
+    before = param.detach().clone()
+    optimizer.step()
+    size = before.float().abs().maximum(param.detach().float().abs())
+    allowed = unit * (HALF_UNITS["weight"] * size + HALF_UNITS["update"] * lr * terms)
+    assert bool(((w.float() - param.float()).abs() <= allowed).all())
+    assert float((param - before).abs().float().mean()) > float(allowed.mean())  # the step is larger than what is allowed
