@@ -21,8 +21,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from setuptools import Extension
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:
+    import setuptools
+
+    raise SystemExit(
+        f"sam_fused: expected setuptools 70.1 or later to build with, found {setuptools.__version__}; "
+        'run `pip install "setuptools>=70.1"` first'
+    ) from None
 
 ROOT = Path(__file__).resolve().parent
 EXTENSION = "sam_fused._C"

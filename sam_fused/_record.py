@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,11 @@ def build_record(path: Path = PATH) -> BuildRecord:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError:
+        if _is_installed_elsewhere(path.parent):
+            return _without(
+                f"{path.parent} is a source tree that was never built, and hides the sam_fused that is installed; start Python "
+                "in another folder, or run `make build` in this one"
+            )
         return _without(f"not installed: running from a source tree that was never built; run {INSTALL} there, or `make setup`")
     try:
         fields = json.loads(text)
@@ -49,6 +55,14 @@ def build_record(path: Path = PATH) -> BuildRecord:
         )
     except (ValueError, KeyError, TypeError):
         return _without(f"expected a build record in {path.name}, found something unreadable; build again with {INSTALL}")
+
+
+def _is_installed_elsewhere(package: Path) -> bool:
+    try:
+        installed = importlib.metadata.distribution("sam_fused").locate_file("sam_fused")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return Path(str(installed)).is_dir() and Path(str(installed)).resolve() != package.resolve()
 
 
 def _without(reason: str) -> BuildRecord:

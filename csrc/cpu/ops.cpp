@@ -47,6 +47,13 @@ bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// What double and float are read from and written to.
+void check_scalar(const Tensor& scalar) {
+  const ScalarType dtype = scalar.scalar_type();
+  STD_TORCH_CHECK(scalar.is_cpu() && scalar.numel() == 1 && (dtype == ScalarType::Double || dtype == ScalarType::Float),
+                  "sam_fused: expected a float32 or float64 tensor of one element on the CPU, got ", scalar.numel(), " elements");
+}
+
 bool may_be_unused(Role role) { return role == kState0 || role == kState1 || role == kState2; }
 
 // Rows built from lists. A role that an operation has no list for stays null and is never read. These operations can be
@@ -64,7 +71,7 @@ class RowList {
       const Tensor& tensor = tensors[i];
       STD_TORCH_CHECK(tensor.is_cpu(), "sam_fused: expected tensors on the CPU");
       if (role == kStep) {
-        STD_TORCH_CHECK(tensor.numel() == 1, "sam_fused: expected step counts of one element, got ", tensor.numel());
+        check_scalar(tensor);
       } else if (tensor.numel() == 0 && may_be_unused(role)) {
         continue;  // stays null: refused below where the base optimizer needs it
       } else {
@@ -123,16 +130,15 @@ Rows rows_of(const Tensor& table, const Tensor& grads) {
 }
 
 double value_of(const Tensor& scalar) {
-  const ScalarType dtype = scalar.scalar_type();
-  STD_TORCH_CHECK(scalar.numel() == 1 && (dtype == ScalarType::Double || dtype == ScalarType::Float),
-                  "sam_fused: expected a float32 or float64 tensor of one element, got ", scalar.numel(), " elements");
-  return dtype == ScalarType::Double ? *static_cast<const double*>(scalar.data_ptr())
+  check_scalar(scalar);
+  return scalar.scalar_type() == ScalarType::Double ? *static_cast<const double*>(scalar.data_ptr())
                                                     : *static_cast<const float*>(scalar.data_ptr());
 }
 
 double value_or(const MaybeTensor& scalar, double otherwise) { return scalar ? value_of(*scalar) : otherwise; }
 
 void set_value(const Tensor& scalar, double value) {
+  check_scalar(scalar);
   if (scalar.scalar_type() == ScalarType::Double) *static_cast<double*>(scalar.data_ptr()) = value;
   else *static_cast<float*>(scalar.data_ptr()) = static_cast<float>(value);
 }
@@ -143,7 +149,12 @@ void set_norm(const Tensor& norm, const Tensor& found_inf, double value) {
   set_value(found_inf, std::isfinite(value_of(norm)) ? 0 : 1);
 }
 
-void set_perturbed(const Tensor& perturbed, int64_t value) { *static_cast<int64_t*>(perturbed.data_ptr()) = value; }
+// Looked up before the weights move, written after.
+int64_t* cell_of(const Tensor& perturbed) {
+  STD_TORCH_CHECK(perturbed.is_cpu() && perturbed.numel() == 1 && perturbed.scalar_type() == ScalarType::Long,
+                  "sam_fused: expected the perturbed cell to be one int64 on the CPU");
+  return static_cast<int64_t*>(perturbed.data_ptr());
+}
 
 const double* table_of(const Tensor& hyper, int64_t columns, Rows rows) {
   STD_TORCH_CHECK(hyper.dim() == 2 && hyper.size(1) == columns && hyper.is_contiguous() &&
@@ -263,13 +274,15 @@ void prepared_grad_norm_(Tensor rows, Tensor grads, Tensor norm, Tensor found_in
 void prepared_perturb_(Tensor rows, Tensor grads, Tensor norm, Tensor hyper, Tensor perturbed, bool backup_exists,
                        MaybeTensor inv_scale) {
   const Rows all = rows_of(rows, grads);
+  int64_t* cell = cell_of(perturbed);
   perturb(all, value_of(norm), table_of(hyper, kPerturbColumns, all), value_or(inv_scale, 1), backup_exists);
-  set_perturbed(perturbed, 1);
+  *cell = 1;
 }
 
 void prepared_restore_(Tensor rows, Tensor perturbed) {
+  int64_t* cell = cell_of(perturbed);
   restore(rows_of(rows));
-  set_perturbed(perturbed, 0);
+  *cell = 0;
 }
 
 void prepared_restore_sgd_(Tensor rows, Tensor grads, Tensor hyper, Tensor perturbed, MaybeTensor inv_scale,
@@ -277,8 +290,9 @@ void prepared_restore_sgd_(Tensor rows, Tensor grads, Tensor hyper, Tensor pertu
   const Rows all = rows_of(rows, grads);
   const double* table = table_of(hyper, kSgdColumns, all);
   check_state(all, table, kSgdColumns, kMomentum, kState0);
+  int64_t* cell = cell_of(perturbed);
   restore_sgd(all, table, policy_of(inv_scale, found_inf, clip));
-  set_perturbed(perturbed, 0);
+  *cell = 0;
 }
 
 void prepared_restore_adamw_(Tensor rows, Tensor grads, Tensor hyper, Tensor perturbed, MaybeTensor inv_scale,
@@ -286,8 +300,9 @@ void prepared_restore_adamw_(Tensor rows, Tensor grads, Tensor hyper, Tensor per
   const Rows all = rows_of(rows, grads);
   const double* table = table_of(hyper, kAdamColumns, all);
   check_state(all, table, kAdamColumns, kAmsgrad, kState2);
+  int64_t* cell = cell_of(perturbed);
   restore_adamw(all, table, policy_of(inv_scale, found_inf, clip));
-  set_perturbed(perturbed, 0);
+  *cell = 0;
 }
 
 int64_t cpu_capability() {

@@ -42,7 +42,7 @@ def check_tensor(tensor: object, name: str) -> None:
     if tensor.layout != torch.strided:
         raise TypeError(
             f"{name}: expected a strided tensor, got layout {tensor.layout}: use a dense gradient "
-            "(for example nn.Embedding(sparse=False)) or exclude this parameter from SAM."
+            "(for example nn.Embedding(sparse=False)) or give this parameter to an optimizer of its own."
         )
     if tensor.is_quantized or tensor.dtype not in SUPPORTED:
         raise TypeError(

@@ -78,7 +78,8 @@ def grad_norm(
     inv_scale = _scalar(inv_scale, "inv_scale", grads)
     if not grads:
         backends.check_name(backend)
-        return torch.zeros(()), torch.zeros(())
+        nothing = torch.zeros((), dtype=torch.float32, device="cpu")
+        return nothing, nothing.clone()
     lists = {"grads": grads, **({"params": params} if any(scaling) else {})}
     if any(scaling):
         # The weights' arrangement in memory is the one to fit: they are the larger and the longer-lived.

@@ -41,7 +41,10 @@ def status() -> NativeStatus:
         recorded = build_record().reason
         cause = recorded or f"the built library could not be loaded ({error}); reinstall with the torch that is running"
         return NativeStatus(False, cause, None)
-    rows = torch.ops.sam_fused.row_words()
+    try:
+        rows = torch.ops.sam_fused.row_words()
+    except (AttributeError, RuntimeError):  # a library of other sources, which registers something else
+        rows = 0
     from .prepared import ROW_WORDS
 
     if rows != ROW_WORDS:

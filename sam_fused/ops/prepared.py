@@ -57,12 +57,17 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(_data_ptr, tensors))
 
 
+def _properties(tensors: Sequence[Tensor]) -> list[Any]:
+    return [(tensor.dtype, tensor.size(), tensor.stride()) for tensor in tensors]
+
+
 class TensorSet:
     """Parameters of one device with their backups and base-optimizer state.
 
     Args:
         params: the parameters, all on one device.
-        backups: a tensor for each, laid out as the parameter; the parameter itself where nothing was perturbed.
+        backups: a tensor for each, laid out as the parameter; the parameter itself where nothing was perturbed. Owned by
+            whoever makes the set: their addresses are looked up once and for all.
         backend: the backend that serves them.
         groups, scaling: see ``sam_fused.ops.schema``.
         states: the base optimizer's state lists, in the order of the operation: ``(momentum_buffers,)`` or
@@ -94,20 +99,20 @@ class TensorSet:
         self.states = tuple(list(state) for state in states)
         self.steps = list(steps)
         self.first = list(first)
-        self.perturbed = torch.zeros(1, dtype=torch.int64) if perturbed is None else perturbed
+        self.perturbed = torch.zeros(1, dtype=torch.int64, device="cpu") if perturbed is None else perturbed
         self._fixed = [*self.params, *(t for state in self.states for t in state), *self.steps]
         self._fixed_addresses = _addresses(self._fixed) if self._has_plain_memory() else []
         self._rows = self._build_rows() if backend == "native" and native.status().loaded and self._fixed_addresses else None
         self._dtypes = list(map(_dtype_of, self.params))
         self._numels = list(map(Tensor.numel, self.params))
-        self._strides = list(map(Tensor.stride, self.params))
+        self._fixed_properties = _properties(self._fixed) if self._fixed_addresses else []
         self._checked_before: set[str] = set()
-        self._params_were = Fingerprint()
+        self._fixed_were = Fingerprint()
         self._grads_were = Fingerprint()
         if self._rows is not None:
             wide = torch.float64 in self._dtypes
-            self._norm = torch.zeros((), dtype=torch.float64 if wide else torch.float32)
-            self._found_inf = torch.zeros(())
+            self._norm = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device="cpu")
+            self._found_inf = torch.zeros((), dtype=torch.float32, device="cpu")
 
     # ---- construction and validity -----------------------------------------------------------------------------------
 
@@ -144,20 +149,20 @@ class TensorSet:
             scaling = self.scaling[index] if self.scaling else 0
             first = self.first[index] if self.first else 0
             rows.append([param.numel(), group, scaling, first, dtypes, *addresses])
-        return torch.tensor(rows, dtype=torch.int64)
+        return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def is_current(self) -> bool:
-        """Whether every address looked up at construction is still the tensor's, and the parameters lie as they did."""
+        """Whether every address looked up at construction is still the tensor's, with the same memory behind it."""
         if not self._fixed_addresses:
             return True
         if _addresses(self._fixed) != self._fixed_addresses:
             return False
-        # The same memory can be looked at transposed (`p.data = p.data.t()`) or in another dtype.
-        if self._params_were.matches(self.params):
+        # The same address can be looked at transposed (`p.data.t()`), in another dtype, or cut off (`p.data[:8]`).
+        if self._fixed_were.matches(self._fixed):
             return True
-        if list(map(_dtype_of, self.params)) != self._dtypes or list(map(Tensor.stride, self.params)) != self._strides:
+        if _properties(self._fixed) != self._fixed_properties:
             return False
-        self._params_were.take(self.params)
+        self._fixed_were.take(self._fixed)
         return True
 
     def checked(self, grads: Sequence[Tensor]) -> Gradients:
@@ -309,10 +314,10 @@ class HyperTable:
 
     def __init__(self) -> None:
         self._values: list[list[float]] = []
-        self._table = torch.zeros((0, 0), dtype=torch.float64)
+        self._table = torch.zeros((0, 0), dtype=torch.float64, device="cpu")
 
     def update(self, values: list[list[float]]) -> Tensor:
         if values != self._values:
-            self._table = torch.tensor(values, dtype=torch.float64)
+            self._table = torch.tensor(values, dtype=torch.float64, device="cpu")
             self._values = [list(row) for row in values]
         return self._table

@@ -21,7 +21,7 @@ def _refuse_accumulators(accumulators: Sequence[Tensor], weight: Tensor | None) 
 
 def _rounded(value: float, dtype: torch.dtype) -> float:
     """A scalar as the arithmetic of ``dtype`` receives it: rounded once."""
-    return float(torch.tensor(value, dtype=torch.float64).to(arithmetic_dtype(dtype)))
+    return float(torch.tensor(value, dtype=torch.float64, device="cpu").to(arithmetic_dtype(dtype)))
 
 
 def _row(hyper: list[list[float]], groups: Sequence[int], index: int) -> list[float]:
@@ -76,7 +76,7 @@ def perturb_(
         rho, perturb_eps = _row(table, groups, index)
         denominator = length + perturb_eps
         c = _rounded(rho / denominator * inverse, param.dtype) if denominator else 0.0
-        moves = length != 0 and c != 0 and torch.isfinite(torch.tensor([length, c], dtype=torch.float64)).all()
+        moves = length != 0 and c != 0 and torch.isfinite(torch.tensor([length, c], dtype=torch.float64, device="cpu")).all()
         if not moves:
             param.copy_(backup)
             continue

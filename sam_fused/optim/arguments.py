@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,13 +29,13 @@ def keys_of(params: Any, base_optimizer: Any) -> set[str]:
     else:
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
             got = getattr(base_optimizer, "__name__", f"an instance of {type(base_optimizer).__name__}")
+            got = "nothing" if base_optimizer is None else got
             raise TypeError(
                 f"base_optimizer: expected an optimizer class such as torch.optim.SGD, got {got}: "
                 "pass SAM(params, torch.optim.SGD, lr=0.1), or an optimizer instance alone, SAM(optimizer)."
             )
         base_class = base_optimizer
-        code = base_class.__init__.__code__
-        keys = set(code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount])
+        keys = _keywords_of(base_class)
     for name, reason in (
         ("LBFGS", "calls its closure many times at weights of its own choosing"),
         ("SparseAdam", "needs sparse gradients, which SAM's norm and perturbation do not take"),
@@ -42,6 +43,34 @@ def keys_of(params: Any, base_optimizer: Any) -> set[str]:
         if base_class.__name__ == name:
             raise TypeError(f"base_optimizer: expected a first-order optimizer, got {name}, which {reason}: use SGD or AdamW.")
     return keys
+
+
+def _keywords_of(base_class: type[Optimizer]) -> set[str]:
+    """The keywords of the constructor, and of its parents' as far as it forwards ``**kwargs`` to them."""
+    keys: set[str] = set()
+    for owner in base_class.__mro__:
+        if "__init__" not in vars(owner) or owner in (Optimizer, object):
+            continue
+        try:
+            parameters = inspect.signature(owner.__init__).parameters  # type: ignore[misc]
+        except (TypeError, ValueError):  # written in C
+            continue
+        keys.update(parameters)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return keys - {"self"}
+
+
+def refuse_hidden(base: Optimizer, names: dict[str, str], given: dict[str, Any]) -> dict[str, str]:
+    """The keys' names now that the base's groups can be seen: its constructor may not have named all that it puts there."""
+    final = groups.key_names({key for key, name in names.items() if key != name} | set(base.defaults))
+    for name in given:
+        if final[name] != names[name]:
+            raise TypeError(
+                f"{name}: expected {final[name]} for SAM because {type(base).__name__} keeps a {name} of its own, got {name}="
+                f"{given[name]!r}: pass {final[name]}={given[name]!r}."
+            )
+    return final
 
 
 def own_values(kwargs: dict[str, Any], names: dict[str, str], params: Any, base_optimizer: Any) -> dict[str, Any]:
@@ -60,8 +89,20 @@ def own_values(kwargs: dict[str, Any], names: dict[str, str], params: Any, base_
 
 
 def check_params(params: Iterable[Tensor]) -> None:
-    """Refuses parameters that the kernels cannot read."""
+    """Refuses parameters that the kernels cannot read, and a parameter that is in a group twice."""
+    params = list(params)
+    if len(set(map(id, params))) != len(params):
+        # torch only warns. Perturbed twice, the second backup would be of perturbed weights.
+        raise ValueError(
+            f"params: expected each parameter once in a group, got {len(params) - len(set(map(id, params)))} more than once: "
+            "drop the duplicates, for example with dict.fromkeys(params)."
+        )
     for index, param in enumerate(params):
+        if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.size(), strict=True)):
+            raise ValueError(
+                f"parameter {index} of shape {tuple(param.shape)}: expected memory for every element, got an expanded tensor: "
+                "call .clone(memory_format=torch.contiguous_format) on it first."
+            )
         if param.dtype not in SUPPORTED or param.is_quantized or param.layout != torch.strided:
             raise TypeError(
                 f"parameter {index} of shape {tuple(param.shape)}: expected {SUPPORTED_NAMES}, dense, got {param.dtype} "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import repeat
+from itertools import count, pairwise, repeat
 from operator import is_, is_not
 from typing import Any
 
@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 from sam_fused.ops import backends
+from sam_fused.ops.checks import is_dense
 from sam_fused.ops.metrics import perturbation_metrics
 from sam_fused.ops.prepared import Gradients, HyperTable, TensorSet
 
+from . import groups
 from .buffers import BackupBuffers
 from .state import Control
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+_serials = count()
 
 # Sets of parameters that had gradients in a first pass are remembered: models that drop modules alternate between a few.
 _REMEMBERED = 8
@@ -29,6 +33,7 @@ class Part:
     def __init__(self, tensors: TensorSet, indices: list[int], total: int) -> None:
         self.tensors = tensors
         self.indices = indices
+        self.serial = next(_serials)  # tells parts apart for as long as the process lives, which an id() does not
         self._all = len(indices) == total
 
     def pick(self, entries: list[Any]) -> list[Any]:
@@ -60,6 +65,7 @@ class Ascent:
         self._names = names
         self._buffers = BackupBuffers()
         self._hyper = HyperTable()
+        self._rows: list[list[float]] = []
         self._known: dict[Any, list[Part]] = {}
         self._params: list[Tensor] = []
         self.parts: list[Part] = []
@@ -77,15 +83,14 @@ class Ascent:
         self.parts = self._parts(param_groups, params, grads, flags)
         if not self.parts:
             return
+        rows = [[float(g[names["rho"]]), float(g[names["perturb_eps"]])] for g in param_groups]
+        if rows != self._rows:
+            for index, group in enumerate(param_groups):
+                groups.check_group(group, names, index)
+            self._rows = rows
         # Maximizing a function is minimizing its negative, whose gradient is the negative: so is its ascent.
         hyper = self._hyper.update(
-            [
-                [
-                    -float(g[names["rho"]]) if g.get("maximize") else float(g[names["rho"]]),
-                    float(g[names["perturb_eps"]]),
-                ]
-                for g in param_groups
-            ]
+            [[-rho if g.get("maximize") else rho, eps] for (rho, eps), g in zip(rows, param_groups, strict=True)]
         )
         picked = [part.tensors.checked(part.pick(grads)) for part in self.parts]
         norm = combined_norm([part.tensors.grad_norm(chosen)[0] for part, chosen in zip(self.parts, picked, strict=True)])
@@ -116,7 +121,11 @@ class Ascent:
         """Copies the backups back wherever the weights are perturbed."""
         for part in self.parts:
             if part.tensors.is_perturbed:
-                part.tensors.restore_()
+                try:
+                    part.tensors.restore_()
+                except Exception:
+                    # Changed while perturbed, say by model.half(): what was clean is put back in the dtype and place of today.
+                    _copy_back(part.tensors)
 
     def _parts(
         self,
@@ -128,6 +137,7 @@ class Ascent:
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             self._known.clear()
             self._params = list(params)
+            self._buffers.keep(params)
         complete = all(map(is_not, grads, repeat(None)))
         key = (flags, None if complete else tuple(grad is None for grad in grads))
         parts = self._known.get(key)
@@ -139,9 +149,10 @@ class Ascent:
 
     def _build(self, params: list[Tensor], grads: list[Tensor | None], flags: tuple[Any, ...]) -> list[Part]:
         group_of: list[int] = []
-        for group, (count, _, _) in enumerate(flags):
-            group_of += [group] * count
+        for group, (members_count, _, _) in enumerate(flags):
+            group_of += [group] * members_count
         indices = [i for i, grad in enumerate(grads) if grad is not None and flags[group_of[i]][1]]
+        _refuse_shared_memory([params[i] for i in indices])
         parts = []
         for (_, backend), chosen in partition(params, indices, self._control.backend).items():
             members = [params[i] for i in chosen]
@@ -164,3 +175,26 @@ class Ascent:
         self._known.clear()
         self._params = []
         self._buffers.release()
+
+
+@torch.no_grad()
+def _copy_back(tensors: TensorSet) -> None:
+    for param, backup in zip(tensors.params, tensors.backups, strict=True):
+        if param.size() == backup.size():
+            param.copy_(backup)
+    tensors.perturbed.fill_(0)
+
+
+def _refuse_shared_memory(params: list[Tensor]) -> None:
+    """Memory under two parameters would be perturbed twice, and the second backup would be of perturbed weights."""
+    spans = sorted(
+        (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), index)
+        for index, p in enumerate(params)
+        if type(p) in _PLAIN_TYPES and p.numel() and is_dense(p)
+    )
+    for (device, _, end, first), (other_device, start, _, second) in pairwise(spans):
+        if device == other_device and start < end:
+            raise ValueError(
+                f"params: expected parameters with memory of their own, got shapes {tuple(params[first].shape)} and "
+                f"{tuple(params[second].shape)} over the same: tie weights by using one Parameter twice."
+            )

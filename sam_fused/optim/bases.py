@@ -86,7 +86,7 @@ def fused_base(base: Optimizer) -> FusedBase | None:
 class FusedState:
     """The base optimizer's state of some parameters, as the lists that the op layer takes.
 
-    What is missing is created here and entered into ``base.state`` only by ``commit``, after the operation has succeeded.
+    What is missing is created here, entered into ``base.state`` by ``commit``, and taken out again if the step does not happen.
     """
 
     def __init__(self, family: FusedBase, base: Optimizer, params: list[Tensor], groups: list[dict[str, Any]]) -> None:
@@ -100,7 +100,7 @@ class FusedState:
         self._missing: list[tuple[Tensor, str, Tensor]] = []
         self._seen: tuple[Any, list[Any]] | None = None
         self._watched: list[Any] = []
-        unused = torch.empty(0)
+        unused = torch.empty(0, dtype=torch.float32, device="cpu")
         for param, keys in zip(params, self._keys, strict=True):
             state = base.state.get(param, {})
             created = False
@@ -118,15 +118,25 @@ class FusedState:
             if family.has_step_count:
                 step = state.get("step")
                 if step is None:
-                    step = torch.tensor(0.0, dtype=torch.float64 if _wide_default() else torch.float32)
+                    step = torch.tensor(0.0, dtype=torch.float64 if _wide_default() else torch.float32, device="cpu")
                     self._missing.append((param, "step", step))
                 self.steps.append(step)
         # A column that no group uses is passed as an empty list.
         self.columns = [c if any(t is not unused for t in c) else [] for c in self.columns]
 
     def commit(self) -> None:
+        """Enters what was missing into the base optimizer's state."""
         for param, key, value in self._missing:
             self._base.state[param][key] = value
+
+    def withdraw(self) -> None:
+        """Takes it out again: the step was not taken."""
+        for param, key, _ in self._missing:
+            if self._base.state[param].pop(key, None) is not None and not self._base.state[param]:
+                del self._base.state[param]
+
+    def settle(self) -> None:
+        """The step was taken."""
         self._missing.clear()
         if not self._seen:
             self._remember()

@@ -36,6 +36,11 @@ class BackupBuffers:
             self._allocate(tensors, device, dtype)
         return [self._views[id(p)][1] for p in params]
 
+    def keep(self, params: Sequence[Tensor]) -> None:
+        """Forgets the backups of all parameters but these. Their memory is freed when no view of the same buffer is left."""
+        kept = set(map(id, params))
+        self._views = {key: held for key, held in self._views.items() if key in kept}
+
     def _has(self, param: Tensor) -> bool:
         held = self._views.get(id(param))
         if held is None or held[0] is not param:

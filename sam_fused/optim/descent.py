@@ -34,9 +34,11 @@ class Descent:
     def __init__(self, control: Control) -> None:
         self._control = control
         self._hyper = HyperTable()
+        self._base: Optimizer | None = None
         self._key: Any = None
         self._parts: list[FusedPart] = []
         self._left_over: list[Part] = []
+        self.stepped = False
         self._params: list[Tensor] = []
 
     def step(
@@ -48,7 +50,9 @@ class Descent:
         grad_scale: Tensor | None,
         found_inf: Any,
     ) -> None:
-        """Leaves the weights clean and stepped. If a check fails, nothing has been written."""
+        """Leaves the weights clean and stepped. If a check fails, nothing has been written; whatever else is thrown,
+        ``stepped`` says whether any weight has taken the step."""
+        self.stepped = False
         if isinstance(found_inf, Tensor) and found_inf.is_cpu and bool(found_inf):
             # Read here only where reading costs nothing: nothing of the base optimizer, not even its state's creation, happens.
             ascent.restore()
@@ -62,15 +66,25 @@ class Descent:
         checked = [entry.part.tensors.checked(entry.part.pick(grads)) for entry in self._parts]
         scalars = _scalars(grad_scale, found_inf)
         ascending = [part for part in ascent.parts if part.tensors.is_perturbed]
-        if not complete:
-            stepped = set(grads_present(grads))
-            for part in ascending:
-                # Perturbed, but without a gradient in the second pass: nothing will step it, so it is restored here.
-                if not stepped.issuperset(part.indices):
-                    part.tensors.restore_()
-        for entry, chosen in zip(self._parts, checked, strict=True):
-            family.run(entry.part.tensors, chosen, hyper, **scalars)
-            entry.state.commit()
+        for part in self._left_over:
+            part.tensors.restore_()
+        try:
+            for entry in self._parts:
+                entry.part.tensors.perturbed.fill_(1)  # cleared by the operation, in the call that steps
+                entry.state.commit()
+            for entry, chosen in zip(self._parts, checked, strict=True):
+                family.run(entry.part.tensors, chosen, hyper, **scalars)
+            self.stepped = True
+        except BaseException:
+            self._key = None
+            for entry in self._parts:
+                if entry.part.tensors.is_perturbed:
+                    entry.state.withdraw()
+                else:
+                    self.stepped = True
+            raise
+        for entry in self._parts:
+            entry.state.settle()
         for part in ascending:
             part.tensors.perturbed.zero_()
 
@@ -84,16 +98,20 @@ class Descent:
         complete: bool,
     ) -> bool:
         """Makes ``_parts`` those of this step. False where the fused form does not serve these parameters."""
-        perturbed = tuple(id(part) for part in ascent.parts if part.tensors.is_perturbed)
-        layout = tuple((len(g["params"]), family.state_keys(g), bool(g.get("nesterov"))) for g in base.param_groups)
-        key = (id(base), perturbed, layout, None if complete else tuple(grad is None for grad in grads))
+        perturbed = tuple(part.serial for part in ascent.parts if part.tensors.is_perturbed)
+        layout = tuple((len(g["params"]), family.state_keys(g)) for g in base.param_groups)
+        key = (perturbed, layout, None if complete else tuple(grad is None for grad in grads))
         same_params = len(params) == len(self._params) and all(map(is_, params, self._params))
-        if key == self._key and same_params and all(entry.is_current() for entry in self._parts):
+        if base is self._base and key == self._key and same_params and all(entry.is_current() for entry in self._parts):
             return True
-        self._params, self._key = list(params), None
+        self._params, self._base, self._key = list(params), base, None
         if not all(param.is_cpu for param in params):
             return False
         self._parts = list(self._build(family, base, ascent, params, grads))
+        # Perturbed, but without a gradient in the second pass: nothing steps these, so they are restored by themselves.
+        stepping = {id(param) for entry in self._parts for param in entry.part.tensors.params}
+        ascending = [part for part in ascent.parts if part.tensors.is_perturbed]
+        self._left_over = [part for part in ascending if not stepping.issuperset(map(id, part.tensors.params))]
         self._key = key
         return True
 
@@ -107,17 +125,18 @@ class Descent:
         cells: dict[int, Tensor] = {}
         for part in ascent.parts:
             if part.tensors.is_perturbed:
-                for index, backup in zip(part.indices, part.tensors.backups, strict=True):
-                    backups[index] = backup
-                    cells[index] = part.tensors.perturbed
+                # By identity, not by place in the list: somebody may have edited a group's list in between.
+                for param, backup in zip(part.tensors.params, part.tensors.backups, strict=True):
+                    backups[id(param)] = backup
+                    cells[id(param)] = part.tensors.perturbed
         entries = []
         for (_, backend), chosen in partition(params, grads_present(grads), self._control.backend).items():
             members = [params[i] for i in chosen]
             state = FusedState(family, base, members, [base.param_groups[group_of[i]] for i in chosen])
-            owners = {id(cells[i]): cells[i] for i in chosen if i in cells}
+            owners = {id(cell): cell for cell in map(cells.get, map(id, members)) if cell is not None}
             tensors = TensorSet(
                 members,
-                [backups.get(i, params[i]) for i in chosen],
+                [backups.get(id(param), param) for param in members],
                 backend=backend,
                 groups=[group_of[i] for i in chosen],
                 states=tuple(state.columns),
@@ -144,13 +163,15 @@ class Descent:
         present = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
         if grad_scale is None or not present:
             base.step()
+            self.stepped = True
             return
         # Unscaled copies stand in for the gradients during the step: gradients are never written into.
-        unscaled = torch._foreach_mul([g for _, g in present], float(1.0 / grad_scale.double()))
+        unscaled = torch._foreach_mul([g for _, g in present], 1.0 / float(grad_scale))
         try:
             for (param, _), grad in zip(present, unscaled, strict=True):
                 param.grad = grad
             base.step()
+            self.stepped = True
         finally:
             for param, grad in present:
                 param.grad = grad
@@ -158,6 +179,7 @@ class Descent:
     def release(self) -> None:
         self._key = None
         self._parts = []
+        self._left_over = []
         self._params = []
 
 
@@ -166,6 +188,6 @@ def grads_present(grads: list[Tensor | None]) -> list[int]:
 
 
 def _scalars(grad_scale: Tensor | None, found_inf: Any) -> dict[str, Tensor | None]:
-    inverse = None if grad_scale is None else grad_scale.double().reciprocal().float().reshape(())
+    inverse = None if grad_scale is None else grad_scale.float().reciprocal().reshape(())
     found = found_inf.float().reshape(()) if isinstance(found_inf, Tensor) else None
     return {"inv_scale": inverse, "found_inf": found, "clip": None}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 # What SAM keeps in each parameter group, with its default.
@@ -25,7 +27,7 @@ def check_group(group: dict[str, Any], names: dict[str, str], index: int) -> Non
     """Refuses hyper-parameters that mean nothing, in one sentence."""
     for name in ("rho", "perturb_eps"):
         value = group[names[name]]
-        if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        if not isinstance(value, (Real, Tensor)) or not math.isfinite(value) or value < 0:
             raise ValueError(
                 f"{names[name]} of parameter group {index}: expected a finite number >= 0, got {value!r}: "
                 f"use for example {DEFAULTS[name]}."

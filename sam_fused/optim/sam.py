@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from operator import attrgetter, is_, is_not
+from operator import attrgetter, is_not
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sam_fused.ops import backends
 from sam_fused.ops.functional import combined_norm
 from sam_fused.ops.metrics import PerturbationMetrics
 
 from . import groups
-from .arguments import check_params, keys_of, own_values
+from .arguments import check_params, keys_of, own_values, refuse_hidden
 from .ascent import Ascent
 from .descent import Descent
 from .state import Control, Move, State
@@ -36,6 +36,14 @@ class Losses(NamedTuple):
 
     @property
     def rise(self) -> Any:
+        """``perturbed - clean``; None after ``first_pass_done=True``, which leaves the clean loss with the caller. Raises
+        TypeError if the closure returned something else than a loss."""
+        if self.clean is None:
+            return None
+        if not all(isinstance(loss, (Tensor, float, int)) for loss in self):
+            raise TypeError(
+                f"rise: expected a closure that returns the loss, got {type(self.clean).__name__}: return the loss alone."
+            )
         return self.perturbed - self.clean
 
 
@@ -75,7 +83,7 @@ class SAM(Optimizer):
 
     Attributes:
         base_optimizer: the base optimizer. Groups and state are shared with it, LR schedulers may use either.
-        losses: ``Losses`` of the last ``step(closure)``, or None.
+        losses: ``Losses`` of the last ``step(closure)``; None after a step by hand, or with a closure that returns nothing.
         perturbation: ``PerturbationMetrics`` of the last ascent with ``track_perturbation``, or None.
 
     Raises:
@@ -95,7 +103,11 @@ class SAM(Optimizer):
         self,
         params: Iterable[Any] | Optimizer,
         base_optimizer: type[Optimizer] | None = None,
+        rho: float = groups.DEFAULTS["rho"],
+        adaptive: bool = groups.DEFAULTS["adaptive"],
         *,
+        perturb: bool = groups.DEFAULTS["perturb"],
+        perturb_eps: float = groups.DEFAULTS["perturb_eps"],
         backend: str | None = None,
         track_perturbation: bool = False,
         **kwargs: Any,
@@ -103,7 +115,12 @@ class SAM(Optimizer):
         if isinstance(params, SAM) or (isinstance(base_optimizer, type) and issubclass(base_optimizer, SAM)):
             raise TypeError("base_optimizer: expected a base optimizer, got SAM itself: pass its base_optimizer.")
         base_keys = keys_of(params, base_optimizer)
+        backends.check_name(backend)
         names = groups.key_names(base_keys)
+        given = {"rho": rho, "adaptive": adaptive, "perturb": perturb, "perturb_eps": perturb_eps}
+        # By identity: a base optimizer that has such a keyword itself must see that it was given, whatever its value.
+        kwargs |= {name: value for name, value in given.items() if value is not groups.DEFAULTS[name]}
+        asked = [name for name in names if name in kwargs]
         values = own_values(kwargs, names, params, base_optimizer)
         if isinstance(params, Optimizer):
             if kwargs:
@@ -117,6 +134,7 @@ class SAM(Optimizer):
             base = base_optimizer(params, **kwargs)
         for group in base.param_groups:
             check_params(group["params"])
+        names = refuse_hidden(base, names, {name: value for name, value in values.items() if name in asked})
         groups.fill(base, names, values)
         control = Control(backend=backend, track_perturbation=track_perturbation)
         self._attach(base, names, values, control)
@@ -138,6 +156,7 @@ class SAM(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        self._control.groups_read = True
         return self.base_optimizer.param_groups
 
     @param_groups.setter
@@ -209,19 +228,28 @@ class SAM(Optimizer):
             return loss
         if not first_pass_done:
             self._refuse_fresh_gradients()
-        if not self._control.enabled:
+        try:
+            clean_loss = None
             if not first_pass_done:
                 self._clear_gradients()
-            loss = _evaluate(closure)
-            self._base_step()
-            return loss
-        clean_loss = None
-        if not first_pass_done:
-            self._clear_gradients()
-            clean_loss = _evaluate(closure)
-        with self._perturbed_until_error():
-            perturbed_loss = _evaluate(closure)
-            self._base_step()
+                clean_loss = _evaluate(closure)
+                if self._control.state is not State.CLEAN:
+                    raise RuntimeError(
+                        "step(closure): expected a closure that only evaluates, got one that perturbs by itself: leave "
+                        "first_step() and perturbed() to step(closure), or run both passes by hand."
+                    )
+            if not self._control.enabled:
+                loss = _evaluate(closure) if first_pass_done else clean_loss
+                self._base_step()
+                return loss
+            with self._perturbed_until_error():
+                perturbed_loss = _evaluate(closure)
+                self._base_step()
+        except BaseException:
+            self._ascent.restore()
+            self._control.state = State.CLEAN
+            self._remember_gradients()  # half a pass's: nobody's to keep, so the next step may clear them
+            raise
         self._control.clean_loss = _detached(clean_loss)
         self._control.perturbed_loss = _detached(perturbed_loss)
         return perturbed_loss if first_pass_done else clean_loss
@@ -236,6 +264,7 @@ class SAM(Optimizer):
         """
         self._control.require(Move.PERTURBED)
         with self._perturbed_until_error():
+            self._control.groups_read = False
             yield
             self._ascent.restore()
             self._control.state = State.READY
@@ -250,6 +279,7 @@ class SAM(Optimizer):
         try:
             self._ascend()
             self._control.state = State.PERTURBED
+            self._control.groups_read = False
         except BaseException:  # an interrupt between the two lines, too
             self._ascent.restore()
             self._control.state = State.CLEAN
@@ -269,12 +299,22 @@ class SAM(Optimizer):
         if zero_grad:
             self._clear_gradients()
 
+    def restore(self) -> None:
+        """Gives a step up: the weights are restored bit for bit if ``first_step`` moved them, and no base step is taken.
+
+        Raises:
+            RuntimeError: inside a ``perturbed()`` block or a closure, which restore by themselves.
+        """
+        self._control.require(Move.RESTORE)
+        self._ascent.restore()
+        self._control.state = State.CLEAN
+
     # ---- the moves ---------------------------------------------------------------------------------------------------
 
     def _step_without_closure(self) -> None:
         # Where every learning rate is 0 nothing can be trained wrongly: so distributed checkpointing materialises state.
         plain = self._control.state is State.CLEAN and (
-            not self._control.enabled or all(float(group["lr"]) == 0 for group in self.param_groups)
+            not self._control.enabled or all(float(group["lr"]) == 0 for group in self.base_optimizer.param_groups)
         )
         if not plain:
             self._control.require(Move.STEP)
@@ -288,7 +328,7 @@ class SAM(Optimizer):
             return
         params = self._params()
         self._fill.fill(self.base_optimizer)
-        self._ascent.perturb(self.param_groups, params, list(map(_grad_of, params)), combined_norm)
+        self._ascent.perturb(self.base_optimizer.param_groups, params, list(map(_grad_of, params)), combined_norm)
 
     @contextmanager
     def _perturbed_until_error(self) -> Iterator[None]:
@@ -298,8 +338,10 @@ class SAM(Optimizer):
             self._clear_gradients()
             yield
         except BaseException:
-            self._ascent.restore()
-            self._control.state = State.CLEAN
+            try:
+                self._ascent.restore()
+            finally:
+                self._control.state = State.CLEAN
             raise
 
     def _base_step(self) -> None:
@@ -307,15 +349,20 @@ class SAM(Optimizer):
         params = self._params()
         scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         grads = list(map(_grad_of, params))
-        self._descent.step(self.base_optimizer, self._ascent, params, grads, scale, found_inf)
-        self._control.state = State.CLEAN
+        try:
+            if scale is None and found_inf is not None:
+                self._refuse_unscaled_too_early()
+            self._descent.step(self.base_optimizer, self._ascent, params, grads, scale, found_inf)
+            self._control.state = State.CLEAN
+        except BaseException:
+            if self._descent.stepped:  # an interrupt after the fact: the step is over, it must not be taken twice
+                self._ascent.restore()
+                self._control.state = State.CLEAN
+            raise
         self._control.clean_loss = self._control.perturbed_loss = None
         # What an LR scheduler looks for on either optimizer to know that a step was taken.
         self.base_optimizer._opt_called = self._opt_called = True  # type: ignore[attr-defined]
-        try:
-            self._control.left = list(map(weakref.ref, grads))  # type: ignore[arg-type]
-        except TypeError:  # None has no weak reference
-            self._control.left = [None if grad is None else weakref.ref(grad) for grad in grads]
+        self._control.remember(grads)
 
     def _params(self) -> list[Tensor]:
         """The parameters of all groups; to be read, not kept: of a single group it is the group's own list."""
@@ -325,6 +372,9 @@ class SAM(Optimizer):
     def _clear_gradients(self) -> None:
         for param in self._params():
             param.grad = None
+
+    def _remember_gradients(self) -> None:
+        self._control.remember(list(map(_grad_of, self._params())))
 
     # ---- refusals ----------------------------------------------------------------------------------------------------
 
@@ -336,23 +386,47 @@ class SAM(Optimizer):
                 "scaler.scale(loss_fn()).backward()`, then `scaler.step(optimizer)`."
             )
 
+    def _refuse_unscaled_too_early(self) -> None:
+        """The scaler says that ``unscale_`` was called, which walks over the parameter groups: when did it?
+
+        Before the second backward it unscaled the first pass's gradients, and the second's would be applied with their scale
+        on. (Tensors' version counters do not tell: the scaler's kernel leaves them alone.)
+        """
+        if self._control.state is not State.CLEAN and not self._control.groups_read:
+            raise RuntimeError(
+                "step(): expected the second pass's gradients to be unscaled, got scaler.unscale_(optimizer) before the second "
+                "backward: call unscale_ (and clip) after it, right before scaler.step(optimizer), or not at all."
+            )
+
     def _refuse_fresh_gradients(self) -> None:
         grads = list(map(_grad_of, self._params()))
         if not any(map(is_not, grads, [None] * len(grads))):
             return
-        left = [None if ref is None else ref() for ref in self._control.left]
-        if len(left) == len(grads) and all(map(is_, grads, left)):
-            return
-        fresh = [g for g, known in zip(grads, left or [None] * len(grads), strict=False) if g is not None and g is not known]
+        left, versions = self._control.left, self._control.left_versions
+        fresh = [
+            grad
+            for index, grad in enumerate(grads)
+            if grad is not None and (index >= len(left) or left[index] is None or left[index]() is not grad)  # type: ignore[misc]
+        ]
         if not fresh and len(left) == len(grads):
-            return
+            # The same tensors, but a backward adds into them. What zero_grad(set_to_none=False) has written holds nothing.
+            written = [g for g, version in zip(grads, versions, strict=True) if g is not None and g._version != version]
+            fresh = [grad for grad in written if bool(grad.detach().any())]
+            if not fresh:
+                return
         raise RuntimeError(
             "step(closure): expected no gradients but those of the previous step, because the first pass clears them, got "
             f"{len(fresh) or 'other'} fresh ones: call zero_grad() to drop them, step(closure, first_pass_done=True) to use "
-            "them as the first pass, perturbed() to run both passes by hand, or MicroBatchSAM for micro-batches."
+            "them as the first pass, or perturbed() to run both passes by hand."
         )
 
     # ---- torch.optim's interface -------------------------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears all gradients, in every state."""
+        read = self._control.groups_read
+        super().zero_grad(set_to_none)
+        self._control.groups_read = read
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to both optimizers; SAM's missing keys take their constructor values.
@@ -458,4 +532,11 @@ def _evaluate(closure: Callable[[], Any]) -> Any:
 
 
 def _detached(loss: Any) -> Any:
-    return loss.detach() if isinstance(loss, Tensor) else loss
+    """What a closure returned, without the graph that it would keep alive."""
+    if isinstance(loss, Tensor):
+        return loss.detach()
+    if isinstance(loss, dict):
+        return {key: _detached(value) for key, value in loss.items()}
+    if type(loss) in (tuple, list):
+        return type(loss)(map(_detached, loss))
+    return loss

@@ -9,9 +9,12 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass, field
 from enum import Enum
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
+
+_version_of = attrgetter("_version")
 
 
 class State(Enum):
@@ -27,6 +30,7 @@ class Move(Enum):
     STEP = "step()"
     STEP_CLOSURE = "step(closure)"
     PERTURBED = "perturbed()"
+    RESTORE = "restore()"
     STATE_DICT = "state_dict()"
     LOAD_STATE_DICT = "load_state_dict()"
     ZERO_GRAD = "zero_grad()"
@@ -35,7 +39,7 @@ class Move(Enum):
 
 
 _LEAVE = "leave the perturbed() block (or the closure) first"
-_FINISH = "call second_step() or step() first"
+_FINISH = "call second_step() or step() first, or restore() to give the step up"
 
 # Every cell: None is allowed, text is the remedy that follows "expected ..., got ...".
 TABLE: dict[Move, dict[State, str | None]] = {
@@ -54,6 +58,7 @@ TABLE: dict[Move, dict[State, str | None]] = {
     },
     Move.STEP_CLOSURE: {State.CLEAN: None, State.READY: None, State.PERTURBED: _FINISH, State.INSIDE: _LEAVE},
     Move.PERTURBED: {State.CLEAN: None, State.READY: None, State.PERTURBED: _FINISH, State.INSIDE: _LEAVE},
+    Move.RESTORE: {State.CLEAN: None, State.READY: None, State.PERTURBED: None, State.INSIDE: _LEAVE},
     Move.STATE_DICT: {State.CLEAN: None, State.READY: None, State.PERTURBED: _FINISH, State.INSIDE: _LEAVE},
     Move.LOAD_STATE_DICT: {State.CLEAN: None, State.READY: None, State.PERTURBED: _FINISH, State.INSIDE: _LEAVE},
     Move.ZERO_GRAD: {State.CLEAN: None, State.READY: None, State.PERTURBED: None, State.INSIDE: None},
@@ -83,6 +88,18 @@ class Control:
     perturbation: Any = None
     # The gradients that the last step left on the parameters. Weak: they must not keep a gradient alive.
     left: list[weakref.ref[Tensor] | None] = field(default_factory=list)
+    left_versions: list[int] = field(default_factory=list)
+    # Whether anybody has asked SAM for its parameter groups since the second pass began, as GradScaler.unscale_ does.
+    groups_read: bool = False
+
+    def remember(self, grads: list[Tensor | None]) -> None:
+        """These gradients may be cleared by the next step: nothing is lost with them."""
+        try:
+            self.left = list(map(weakref.ref, grads))  # type: ignore[arg-type]
+            self.left_versions = list(map(_version_of, grads))
+        except TypeError:  # None has no weak reference
+            self.left = [None if grad is None else weakref.ref(grad) for grad in grads]
+            self.left_versions = [0 if grad is None else grad._version for grad in grads]
 
     def require(self, move: Move) -> None:
         """Raises RuntimeError, in one sentence, if ``move`` is not allowed now."""

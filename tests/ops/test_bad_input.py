@@ -260,6 +260,10 @@ def test_the_registered_native_ops_check_what_could_corrupt_memory(in_a_process_
             "a group out of range": lambda: op("perturb_")([ones(9)], [ones(9)], [ones(9)], one, ascent, [10**9], []),
             "a backup of another dtype": lambda: op("restore_")([ones(4096)], [ones(4096).half()]),
             "another layout": lambda: op("restore_")([ones(2, 3)], [ones(3, 2).t()]),
+            "a step count of bf16": lambda: op("restore_adamw_")(
+                [ones(9)], [ones(9)], [ones(9)], [ones(9)], [ones(9)], [], [torch.ones((), dtype=torch.bfloat16)],
+                hyper(0.1, 0.9, 0.9, 0, 0, 0, 0, 0), [], [],
+            ),
             "no momentum": lambda: op("restore_sgd_")([ones(9)], [ones(9)], [ones(9)], [], momentum, [], [], []),
         }
         for name, call in calls.items():

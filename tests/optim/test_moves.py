@@ -37,6 +37,7 @@ MOVES = (
     "step",
     "step_closure",
     "perturbed",
+    "restore",
     "state_dict",
     "load_state_dict",
     "zero_grad",
@@ -51,6 +52,7 @@ ALLOWED = {
     "step": {"perturbed", "ready"},
     "step_closure": {"clean", "ready"},
     "perturbed": {"clean", "ready"},
+    "restore": {"clean", "perturbed", "ready"},
     "state_dict": {"clean", "ready"},
     "load_state_dict": {"clean", "ready"},
     "zero_grad": {"clean", "perturbed", "inside", "closure", "ready"},
@@ -243,6 +245,17 @@ def allowed_end(move):
     return act
 
 
+def allowed_restore(case):
+    case.act("restore")
+    assert_same_bits([case.w], [parameter(START)])
+    # The step is given up: what began in this situation needs a new first pass.
+    with pytest.raises(RuntimeError):
+        case.optimizer.second_step()
+    case.optimizer.zero_grad()
+    case.optimizer.step(case.evaluate)
+    return STEPPED
+
+
 def finish(case):
     """Ends the step that ``case`` is in; the weights to expect then."""
     if case.name == "clean":
@@ -304,6 +317,7 @@ OUTCOMES = {
     "step": allowed_end("step"),
     "step_closure": allowed_step_closure,
     "perturbed": allowed_perturbed,
+    "restore": allowed_restore,
     "state_dict": allowed_state_dict,
     "load_state_dict": allowed_load_state_dict,
     "zero_grad": allowed_zero_grad,
