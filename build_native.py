@@ -191,18 +191,18 @@ class BuildExt(build_ext):
         self._write(record)
 
     def _compile(self, record: Record) -> None:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
-
-        self.distribution.ext_modules = [CppExtension(**extension_arguments())]
-        command = BuildExtension(self.distribution)
-        for option in ("build_lib", "inplace", "debug", "parallel", "editable_mode"):
-            setattr(command, option, getattr(self, option))
-        # One folder of objects for wheels, editable and in-place builds, so that ninja recompiles only what changed
-        # (an editable build would otherwise use a temporary folder and start anew each time).
-        base = self.get_finalized_command("build").build_base
-        command.build_temp = os.path.join(base, f"objects-{sys.implementation.cache_tag}-torch{record.torch}")
-        command.ensure_finalized()
         try:
+            from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+            self.distribution.ext_modules = [CppExtension(**extension_arguments())]
+            command = BuildExtension(self.distribution)
+            for option in ("build_lib", "inplace", "debug", "parallel", "editable_mode"):
+                setattr(command, option, getattr(self, option))
+            # One folder of objects for wheels, editable and in-place builds, so that ninja recompiles only what changed
+            # (an editable build would otherwise use a temporary folder and start anew each time).
+            base = self.get_finalized_command("build").build_base
+            command.build_temp = os.path.join(base, f"objects-{sys.implementation.cache_tag}-torch{record.torch}")
+            command.ensure_finalized()
             command.run()
         except Exception as error:  # whatever went wrong in there, a user of `auto` still gets a package that works
             where = "above" if record.mode == "cpu" else "with `SAM_FUSED_BUILD=cpu pip install --no-build-isolation .`"

@@ -1,7 +1,7 @@
 """What a user would run instead, each defined once, in the best form we know.
 
 All share one call form, `first_step()` then `second_step()`, and a public `base_optimizer`; gradients are found in
-`.grad`. `tests/benchmarks/test_baselines.py` holds each to the weights that `NaiveSAM` reaches.
+`.grad`. `tests/benchmarks/test_bench_baselines.py` holds each to the weights that `NaiveSAM` reaches.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from benchmarks.variants import Driver, Form, Variant
 # Long enough for two blocks to span some 60 ticks of /proc/stat on two cores: a resolution of under 2 %.
 BLOCK_SECONDS = 0.15
 WARM_STEPS = 2
+TRIAL_STEPS, TRIAL_TURNS = 5, 3
 
 
 @dataclass
@@ -111,10 +112,14 @@ def alternate(
     """Rounds until `rounds` were kept, three times as many were tried, or the deadline passed; at least one."""
     steps = steps_per_block(variant, block_seconds), steps_per_block(ours, block_seconds)
     result = Rounds()
-    for _ in range(3 * rounds):
+    for number in range(3 * rounds):
         guard = NoiseGuard()
         with guard:
-            pair = block(variant, steps[0]), block(ours, steps[1])
+            # Who goes first changes: a machine that slows down within a round favours nobody.
+            if number % 2 == 0:
+                pair = block(variant, steps[0]), block(ours, steps[1])
+            else:
+                pair = tuple(reversed((block(ours, steps[1]), block(variant, steps[0]))))  # type: ignore[assignment]
         (result.kept if guard.keep else result.discarded).append(pair)
         on_round()
         if len(result.kept) >= rounds or time.perf_counter() >= deadline:
@@ -149,19 +154,23 @@ class Choice:
 def best_form(
     variant: Variant, parameter_set: ParameterSet, base: str, gradients: Gradients, seed: int, forms: int | None = None
 ) -> Choice:
-    """Builds each of the first `forms` forms, runs it shortly, keeps the fastest. The first run compiles, uncounted."""
-    best: tuple[float, Form, Driver] | None = None
-    trials: dict[str, float] = {}
-    for form in variant.forms[:forms]:
-        driver = build(form, parameter_set, base, seed)
-        run = runner(driver, gradients)
+    """Builds each of the first `forms` forms, keeps the fastest of a short trial in turns; the first run compiles, uncounted.
+
+    A form's trial figure is the median over the turns: a noisy moment may not decide which form stands for a baseline.
+    """
+    tried = variant.forms[:forms]
+    assert tried, f"variant {variant.name} must have at least one form"
+    drivers = [build(form, parameter_set, base, seed) for form in tried]
+    runs = [runner(driver, gradients) for driver in drivers]
+    for run in runs:
         run()
-        seconds = block(run, 7) if len(variant.forms) > 1 else 0.0
-        trials[form.name] = seconds * 1e3
-        if best is None or seconds < best[0]:
-            best = (seconds, form, driver)
-    assert best is not None, f"variant {variant.name} must have at least one form"
-    return Choice(best[1], best[2], trials if len(trials) > 1 else {})
+    if len(tried) == 1:
+        return Choice(tried[0], drivers[0], {})
+    turns = [[block(run, TRIAL_STEPS) for run in runs] for _ in range(TRIAL_TURNS)]
+    seconds = [statistics.median(turn[index] for turn in turns) for index in range(len(tried))]
+    fastest = seconds.index(min(seconds))
+    trials = {form.name: figure * 1e3 for form, figure in zip(tried, seconds, strict=True)}
+    return Choice(tried[fastest], drivers[fastest], trials)
 
 
 @dataclass(frozen=True)

@@ -177,13 +177,8 @@ BASELINES: tuple[Variant, ...] = (
         (
             _phase_form("fresh copy", lambda p, b: SwapSAM(p, b, "fresh"), 4),
             _phase_form("kept copy", lambda p, b: SwapSAM(p, b, "kept"), 6),
+            _phase_form("add(out=) loop", lambda p, b: SwapSAM(p, b, "loop"), 4),
         ),
-    ),
-    Variant(
-        "loop_swap",
-        "torch.add(out=kept) loop, p.data swapped",
-        "first/second",
-        (_phase_form("loop", lambda p, b: SwapSAM(p, b, "loop"), 4),),
     ),
     Variant(
         "torch_compile",

@@ -1,4 +1,4 @@
-"""Every operation once: its schema, what it computes, what it reads and writes per element.
+"""Every operation once: its schema, what it writes, how many elements it reads and writes; formulas are in ``functional``.
 
 All operations take lists of tensors (one entry per parameter, all on one device) and scalars as tensors, never wait for the
 device, and treat element i of every list as one parameter. Each has one overload per backend,

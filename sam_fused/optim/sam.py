@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, repeat
 from operator import attrgetter, is_not
 from typing import Any, NamedTuple
 
@@ -327,8 +328,16 @@ class SAM(Optimizer):
             self._ascent.nothing()
             return
         params = self._params()
+        grads = list(map(_grad_of, params))
         self._fill.fill(self.base_optimizer)
-        self._ascent.perturb(self.base_optimizer.param_groups, params, list(map(_grad_of, params)), combined_norm)
+        if not self._control.warned and not any(map(is_not, grads, repeat(None))):
+            self._control.warned = True
+            warnings.warn(
+                "SAM: expected gradients to perturb along, found none on any parameter, so this step is the base optimizer's "
+                "alone; call backward() before first_step() or perturbed(), and in the closure of step(closure).",
+                stacklevel=4,
+            )
+        self._ascent.perturb(self.base_optimizer.param_groups, params, grads, combined_norm)
 
     @contextmanager
     def _perturbed_until_error(self) -> Iterator[None]:

@@ -91,6 +91,7 @@ class Control:
     left_versions: list[int] = field(default_factory=list)
     # Whether anybody has asked SAM for its parameter groups since the second pass began, as GradScaler.unscale_ does.
     groups_read: bool = False
+    warned: bool = False  # that there was no gradient at all
 
     def remember(self, grads: list[Tensor | None]) -> None:
         """These gradients may be cleared by the next step: nothing is lost with them."""

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -204,6 +205,30 @@ def test_accumulating_onto_the_last_steps_gradient_is_noticed(backend):
     for clear in (lambda: optimizer.zero_grad(set_to_none=False), optimizer.zero_grad, lambda: None):
         clear()
         optimizer.step(closure)
+
+
+@pytest.mark.parametrize("form", ["closure", "perturbed", "first_second"])
+def test_a_forgotten_backward_is_said_once(fast_backend, form):
+    w = parameter([1.0])
+    optimizer = SAM([w], torch.optim.SGD, rho=0.5, lr=0.1, backend=fast_backend)
+
+    def step():
+        if form == "closure":
+            optimizer.step(lambda: (w**2).sum())
+        elif form == "perturbed":
+            with optimizer.perturbed():
+                pass
+            optimizer.step()
+        else:
+            optimizer.first_step()
+            optimizer.second_step()
+
+    with pytest.warns(UserWarning, match="backward"):
+        step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()
+    assert w.item() == 1.0
 
 
 def test_losses_of_closures_that_return_something_else():
