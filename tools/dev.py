@@ -32,6 +32,7 @@ def build(extra: list[str]) -> int:
 def test(extra: list[str]) -> int:
     """pytest over tests/, in two processes; or over what the arguments say, in one"""
     environment = prepare("test")
+    install_peers(environment)  # baselines are tested too
     ensure_built(environment)
     # Two, whatever the machine: most tests are short and single-threaded, and importing torch takes longer than many.
     return environment.run("-m", "pytest", *(extra or ["--numprocesses=2", "--dist=loadgroup"]))
