@@ -111,5 +111,5 @@ NETS: dict[str, Net] = {
         Net("gpt2", "GPT-2, 192 wide, 6 layers, 4 x 128", "tokens", 512, _gpt, why_not=_transformers_missing),
     )
 }
-DEFAULT_NETS = ("resnet20", "tiny_mlp")
+DEFAULT_NETS = ("tiny_mlp", "resnet20")
 FULL_NETS = tuple(NETS)
