@@ -1,0 +1,131 @@
+"""Publishes a run: `python -m benchmarks.readme` copies its files to `benchmarks/results/published` and into the README.
+
+The figures in the README are never typed: `tests/test_readme.py` holds them to the published files.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import SETS
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "cpu-2threads.json"
+PUBLISHED = RESULTS.parent / "published"
+BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
+
+# Columns of the SGD table: a variant and its heading.
+COLUMNS = {
+    "naive": "naive SAM",
+    "pytorch_optimizer_foreach": "pytorch_optimizer 4.1 foreach",
+    "foreach_inplace": "foreach in place",
+    "foreach_swap": "foreach, `p.data` swapped",
+    "torch_compile": "torch.compile",
+}
+ADAMW_COLUMNS = {"naive": "naive SAM", "foreach_inplace": "foreach in place"}
+OURS = "ours_native_first_second"
+
+
+def _rows(report: dict[str, Any], base: str) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(row["set"], row["variant"]): row for row in report["rows"] if row["base"] == base}
+
+
+def _ratio(row: dict[str, Any] | None, required: float | None = None) -> str:
+    if row is None or row["ratio_to_ours"] is None:
+        return "-"
+    short = required is not None and row["ratio_to_ours"] < required
+    return f"{row['ratio_to_ours']:.2f}x" + (f" (goal {required:g}x)" if short else "")
+
+
+def _table(report: dict[str, Any], base: str, columns: dict[str, str]) -> list[str]:
+    rows = _rows(report, base)
+    required = {(target["set"], target["variant"]): target["required"] for target in report["targets"]} if base == "sgd" else {}
+    lines = [f"| {base.upper() if base == 'sgd' else 'AdamW'} | sam_fused, ms | {' | '.join(columns.values())} |"]
+    lines.append("| --- |" + " --- |" * (1 + len(columns)))
+    for name in dict.fromkeys(row["set"] for row in report["rows"]):
+        ours = rows.get((name, OURS))
+        if ours is None:
+            continue
+        cells = [_ratio(rows.get((name, variant)), required.get((name, variant))) for variant in columns]
+        count = "" if "tensors" in SETS[name].title else f", {ours['tensors']} tensors"
+        title = f"{SETS[name].title}{count}, {ours['parameters'] / 1e6:.3g} M parameters"
+        lines.append(f"| {title} | {ours['median_ms']:.3g} | {' | '.join(cells)} |")
+    return lines
+
+
+def _end_to_end(report: dict[str, Any]) -> list[str]:
+    lines = [
+        "| whole training step | base step, ms | naive SAM | foreach in place | sam_fused |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for net in dict.fromkeys(row["net"] for row in report["end_to_end"]):
+        rows = {row["optimizer"]: row for row in report["end_to_end"] if row["net"] == net}
+        cells = [
+            f"{rows[name]['units_per_s']:.0f} {rows[name]['unit']}/s ({rows[name]['over_twice_base_percent']:+.0f} %)"
+            for name in ("naive_sam", "foreach_inplace_sam", "sam_fused")
+        ]
+        threads = rows["sgd"]["threads"]
+        title = f"{rows['sgd']['title']}, {threads} thread{'s' if threads > 1 else ''}"
+        lines.append(f"| {title} | {rows['sgd_fused']['median_ms']:.3g} | {' | '.join(cells)} |")
+    return lines
+
+
+def section(report: dict[str, Any]) -> str:
+    """The Markdown between the two marks."""
+    machine, run = report["machine"], report["run"]
+    foreach = ", ".join(
+        f"{SETS[target['set']].title} {target['reached']:.1f}x"
+        for target in report["targets"]
+        if target["variant"] == "naive / our foreach backend" and target["reached"] is not None
+    )
+    copies = ", ".join(
+        f"{SETS[key.split()[0]].title} {figures['copy_gb_per_s']:.0f}"
+        for key, figures in report["yardsticks"].items()
+        if key.endswith("sgd")
+    )
+    lines = [
+        f"How many times as long as sam_fused's `first_step` + `second_step` the optimizer side of one SAM step takes, fp32, "
+        f"{machine['torch_threads']} threads, medians of alternating rounds. {machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['os']}, torch {machine['torch']}; `{run['command']}`; {run['rounds_kept']} rounds kept, "
+        f"{run['rounds_discarded']} discarded as noisy. A ratio short of this project's goal has the goal beside it.",
+        "",
+        *_table(report, "sgd", COLUMNS),
+        "",
+        *_table(report, "adamw", ADAMW_COLUMNS),
+        "",
+        *_end_to_end(report),
+        "",
+        "In per cent: what the step costs over two fused base steps. A copy of buffers of the set's size ran, in this run, at "
+        f"{copies} GB/s. The `foreach` backend, without a compiler, against naive SAM: {foreach}. Everything that was measured, "
+        "with quartiles, element accesses and peak memory: `benchmarks/results/published/cpu-2threads.json`, `.csv`, `.png`.",
+    ]
+    return "\n".join(lines)
+
+
+def rewritten(readme: str, report: dict[str, Any]) -> str:
+    """The README with the section between its marks replaced."""
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{section(report)}\n{END}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    path = Path(given[0]) if given else RESULTS
+    readme = ROOT / "README.md"
+    report = json.loads(path.read_text(encoding="utf-8"))
+    PUBLISHED.mkdir(exist_ok=True)
+    for suffix in (".json", ".csv", ".png"):
+        shutil.copyfile(path.with_suffix(suffix), PUBLISHED / f"{RESULTS.stem}{suffix}")
+    readme.write_text(rewritten(readme.read_text(encoding="utf-8"), report), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
