@@ -101,7 +101,7 @@ def section(report: dict[str, Any]) -> str:
         *_end_to_end(report),
         "",
         "In per cent: what the step costs over two fused base steps. A copy of buffers of the set's size ran, in this run, at "
-        f"{copies} GB/s. The `foreach` backend, without a compiler, against naive SAM: {foreach}. Everything that was measured, "
+        f"{copies} GB/s. The `foreach` backend, without a compiler, against naive SAM: {foreach}. All that was measured, "
         "with quartiles, element accesses and peak memory: `benchmarks/results/published/cpu-2threads.json`, `.csv`, `.png`.",
     ]
     return "\n".join(lines)
