@@ -58,11 +58,9 @@ def build_record(path: Path = PATH) -> BuildRecord:
 
 
 def _is_installed_elsewhere(package: Path) -> bool:
-    try:
-        installed = importlib.metadata.distribution("sam_fused").locate_file("sam_fused")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return Path(str(installed)).is_dir() and Path(str(installed)).resolve() != package.resolve()
+    # All of them: the first one found may be the egg-info that a build left in the source tree itself.
+    places = (Path(str(found.locate_file("sam_fused"))) for found in importlib.metadata.distributions(name="sam_fused"))
+    return any(place.is_dir() and place.resolve() != package.resolve() for place in places)
 
 
 def _without(reason: str) -> BuildRecord:

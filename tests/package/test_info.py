@@ -1,6 +1,8 @@
 """The report of `python -m sam_fused.info` and the build record it reads, for builds other than this machine's."""
 
+import importlib.metadata
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,7 +71,27 @@ def test_json_is_one_object_with_the_same_facts(machine, capsys):
     assert facts["devices"] == [{"device": "cpu", "backend": "native", "reason": "built"}]
 
 
-def test_a_tree_that_was_never_built_says_so(tmp_path):
+def _installed(monkeypatch, *folders):
+    def distribution(folder):
+        return SimpleNamespace(locate_file=lambda name: folder / name)
+
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda name: map(distribution, folders))
+
+
+def test_a_clone_that_hides_the_installed_package_says_so(tmp_path, monkeypatch):
+    """Started in the clone's folder Python takes the clone, whatever was installed; a build's egg-info lies in both."""
+    clone, site_packages = tmp_path / "clone", tmp_path / "site-packages"
+    for folder in (clone, site_packages):
+        (folder / "sam_fused").mkdir(parents=True)
+    _installed(monkeypatch, clone, site_packages)
+    reason = build_record(clone / "sam_fused" / "_build_record.json").reason
+    assert "hides" in reason and "another folder" in reason
+    _installed(monkeypatch, clone)
+    assert "never built" in build_record(clone / "sam_fused" / "_build_record.json").reason
+
+
+def test_a_tree_that_was_never_built_says_so(tmp_path, monkeypatch):
+    _installed(monkeypatch)
     record = build_record(tmp_path / "missing.json")
     assert not record.native_cpu
     assert "never built" in record.reason
