@@ -9,6 +9,8 @@ import torch
 
 from sam_fused import SAM
 from sam_fused.ops import prepared
+from sam_fused.ops.prepared import TensorSet
+from sam_fused.optim.ascent import Part
 from sam_fused.optim.state import State
 from tests.optim.helpers import assert_one_sentence, assert_same_bits, backward_of, parameter, snapshot
 
@@ -120,6 +122,14 @@ def test_many_sets_of_gradients_and_skipped_batches(backend):
             raise KeyError
         gc.collect()
         assert_same_bits(params, before)
+
+
+def test_parts_are_told_apart_though_their_addresses_return():
+    """Descent knows an ascent's parts again by these numbers; a part made where a forgotten one was has other backups."""
+    numbers = []
+    for _ in range(50):
+        numbers.append(Part(TensorSet([torch.ones(1)], [torch.ones(1)], backend="foreach"), [0], 1).serial)
+    assert len(set(numbers)) == 50
 
 
 def test_backups_of_replaced_parameters_are_given_back(backend):
