@@ -68,9 +68,10 @@ class Descent:
         ascending = [part for part in ascent.parts if part.tensors.is_perturbed]
         for part in self._left_over:
             part.tensors.restore_()
+        for entry in self._parts:
+            entry.part.tensors.perturbed.fill_(1)  # cleared by the operation, in the call that steps
         try:
             for entry in self._parts:
-                entry.part.tensors.perturbed.fill_(1)  # cleared by the operation, in the call that steps
                 entry.state.commit()
             for entry, chosen in zip(self._parts, checked, strict=True):
                 family.run(entry.part.tensors, chosen, hyper, **scalars)
