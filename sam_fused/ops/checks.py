@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from .dtypes import SUPPORTED, SUPPORTED_NAMES
+from .fingerprint import PLAIN_TYPES
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -152,3 +154,24 @@ def check_scalar(scalar: Tensor | None, name: str, device: torch.device | None =
             f"{name}: expected a tensor on {device} as the parameters, got {scalar.device}: move it there, so that no "
             "operation has to wait for another device."
         )
+
+
+def refuse_accumulators(accumulators: Sequence[Tensor], weight: Tensor | None) -> None:
+    """Operands of micro-batch SAM: in the schemas, not in the kernels yet."""
+    if accumulators or weight is not None:
+        raise NotImplementedError("accumulators, weight: expected none (not implemented yet), got some: leave them out.")
+
+
+def refuse_shared_memory(params: Sequence[Tensor]) -> None:
+    """Memory under two parameters would be perturbed twice, and the second backup would be of perturbed weights."""
+    spans = sorted(
+        (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), index)
+        for index, p in enumerate(params)
+        if type(p) in PLAIN_TYPES and p.numel() and is_dense(p)
+    )
+    for (device, _, end, first), (other_device, start, _, second) in pairwise(spans):
+        if device == other_device and start < end:
+            raise ValueError(
+                f"params: expected parameters with memory of their own, got shapes {tuple(params[first].shape)} and "
+                f"{tuple(params[second].shape)} over the same: tie weights by using one Parameter twice."
+            )

@@ -1,8 +1,8 @@
 """Whether tensors are still what they were, asked for a whole list in one call.
 
 The kernels are handed addresses, so a step asks for hundreds of tensors whether each still has the type, dtype, device, shape
-and strides that its address was looked up for. In Python that is a call per tensor and property, 0.4 us a tensor: for a small
-model more than the arithmetic. torch compares all of them at once for the guards of compiled code, at 0.06 us a tensor, and
+and strides that its address was looked up for. In Python that is a call per tensor and property: for a small
+model more than the arithmetic. torch compares all of them in one call for the guards of compiled code, and
 looks at the dispatch keys too (lazy negation, missing memory, sparse layouts, dispatch modes). Where that class is missing or
 says no, the properties are compared one by one: a "no" costs time and nothing else.
 """

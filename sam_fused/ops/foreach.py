@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import schema
-from .checks import is_dense, same_layout
+from .checks import is_dense, refuse_accumulators, same_layout
 from .dtypes import arithmetic_dtype
 from .fingerprint import PLAIN_TYPES
 
@@ -31,11 +31,6 @@ _FUSED_DEVICES = ("cpu", "cuda", "mps")
 _WIDE = frozenset((torch.float32, torch.float64))
 
 _dtype_of = attrgetter("dtype")
-
-
-def _refuse_accumulators(accumulators: Sequence[Tensor], weight: Tensor | None) -> None:
-    if accumulators or weight is not None:
-        raise NotImplementedError("sam_fused: expected no accumulators (not implemented yet), got some: leave them out.")
 
 
 def _by_group(count: int, *keys: Sequence[int]) -> Iterator[tuple[tuple[int, ...], list[int]]]:
@@ -120,7 +115,7 @@ def grad_norm(
     weight: Tensor | None = None,
     inv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _refuse_accumulators(accumulators, weight)
+    refuse_accumulators(accumulators, weight)
     values: list[Tensor] = []
     for (scaled,), indices in _by_group(len(grads), scaling):
         chosen = _pick(grads, indices)
@@ -237,7 +232,7 @@ def restore_sgd_(
     found_inf: Tensor | None = None,
     clip: Tensor | None = None,
 ) -> None:
-    _refuse_accumulators(accumulators, weight)
+    refuse_accumulators(accumulators, weight)
     restore_(params, backups)
     saved = _saved_if_skippable(found_inf, (params, momentum_buffers))
     table = hyper.tolist()
@@ -291,7 +286,7 @@ def restore_adamw_(
     found_inf: Tensor | None = None,
     clip: Tensor | None = None,
 ) -> None:
-    _refuse_accumulators(accumulators, weight)
+    refuse_accumulators(accumulators, weight)
     restore_(params, backups)
     state = (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
     saved = _saved_if_skippable(found_inf, state)

@@ -50,11 +50,6 @@ def run(
     return result
 
 
-def _refuse_accumulators(accumulators: Sequence[Tensor], weight: Tensor | None) -> None:
-    if accumulators or weight is not None:
-        raise NotImplementedError("accumulators, weight: expected none (not implemented yet), got some: leave them out.")
-
-
 def grad_norm(
     grads: Sequence[Tensor],
     params: Sequence[Tensor] = (),
@@ -72,7 +67,7 @@ def grad_norm(
     Returns:
         The norm, 0-dim fp32 (fp64 if any gradient is fp64), and a 0-dim fp32 flag: 1.0 if the norm is inf or NaN, else 0.0.
     """
-    _refuse_accumulators(accumulators, weight)
+    checks.refuse_accumulators(accumulators, weight)
     checks.check_lists(grads, "grads", **({"params": params} if len(params) or any(scaling) else {}))
     checks.check_ints(scaling, "scaling", len(grads), (0, 1))
     inv_scale = _scalar(inv_scale, "inv_scale", grads)
@@ -171,7 +166,7 @@ def restore_sgd_(
         hyper: columns ``lr``, ``momentum``, ``dampening``, ``weight_decay``, ``nesterov``, ``maximize``.
         first: 1 where the buffer is created in this step, as torch ignores dampening then; empty means 0.
     """
-    _refuse_accumulators(accumulators, weight)
+    checks.refuse_accumulators(accumulators, weight)
     with_momentum = {"momentum_buffers": momentum_buffers}
     checks.check_lists(params, backups=backups, grads=grads, **(with_momentum if len(momentum_buffers) else {}))
     checks.check_hyper(hyper, schema.SGD_COLUMNS, groups, params)
@@ -221,7 +216,7 @@ def restore_adamw_(
         steps: the number of steps taken, one scalar tensor per parameter, float32 or float64; incremented by this call.
         hyper: columns ``lr``, ``beta1``, ``beta2``, ``eps``, ``weight_decay``, ``decoupled``, ``amsgrad``, ``maximize``.
     """
-    _refuse_accumulators(accumulators, weight)
+    checks.refuse_accumulators(accumulators, weight)
     with_max = {"max_exp_avg_sqs": max_exp_avg_sqs}
     moments = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     checks.check_lists(params, backups=backups, grads=grads, **moments, **(with_max if len(max_exp_avg_sqs) else {}))
@@ -255,6 +250,16 @@ def _scalar(scalar: Any, name: str, tensors: Sequence[Tensor]) -> Any:
 
 def _scalars(tensors: Sequence[Tensor], **scalars: Tensor | None) -> dict[str, Tensor | None]:
     return {name: _scalar(scalar, name, tensors) for name, scalar in scalars.items()}
+
+
+def inverse_scale(scale: Tensor) -> Tensor:
+    """A loss scale as the operand ``inv_scale``: 0-dim fp32, on its device."""
+    return scale.float().reciprocal().reshape(())
+
+
+def unscaled(grads: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
+    """The gradients without their loss scale, in copies, for a base optimizer that reads them itself. Waits for the device."""
+    return list(torch._foreach_mul(list(grads), 1.0 / float(scale)))
 
 
 def combined_norm(norms: Sequence[Tensor]) -> Tensor:

@@ -278,6 +278,14 @@ class TensorSet:
         functional.restore_(self.params, self.backups, backend=self.backend)
         self.perturbed.fill_(0)
 
+    @torch.no_grad()
+    def restore_converted_(self) -> None:
+        """``restore_`` for parameters that were changed while perturbed: what was clean, in the dtype and place of today."""
+        for param, backup in zip(self.params, self.backups, strict=True):
+            if param.size() == backup.size():
+                param.copy_(backup)
+        self.perturbed.fill_(0)
+
     def restore_sgd_(self, grads: Gradients, hyper: Tensor, **scalars: Tensor | None) -> None:
         """``functional.restore_sgd_`` with the set's momentum buffers."""
         if grads.addresses is None:

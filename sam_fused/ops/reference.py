@@ -11,12 +11,8 @@ import torch
 from torch import Tensor
 
 from . import schema
+from .checks import refuse_accumulators
 from .dtypes import arithmetic_dtype
-
-
-def _refuse_accumulators(accumulators: Sequence[Tensor], weight: Tensor | None) -> None:
-    if accumulators or weight is not None:
-        raise NotImplementedError("sam_fused: expected no accumulators (not implemented yet), got some: leave them out.")
 
 
 def _rounded(value: float, dtype: torch.dtype) -> float:
@@ -36,7 +32,7 @@ def grad_norm(
     weight: Tensor | None = None,
     inv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _refuse_accumulators(accumulators, weight)
+    refuse_accumulators(accumulators, weight)
     wide = any(grad.dtype == torch.float64 for grad in grads)
     norms = []
     for index, grad in enumerate(grads):
@@ -116,7 +112,7 @@ def restore_sgd_(
     found_inf: Tensor | None = None,
     clip: Tensor | None = None,
 ) -> None:
-    _refuse_accumulators(accumulators, weight)
+    refuse_accumulators(accumulators, weight)
     if _skips(found_inf):
         return restore_(params, backups)
     table = hyper.tolist()
@@ -154,7 +150,7 @@ def restore_adamw_(
     found_inf: Tensor | None = None,
     clip: Tensor | None = None,
 ) -> None:
-    _refuse_accumulators(accumulators, weight)
+    refuse_accumulators(accumulators, weight)
     if _skips(found_inf):
         return restore_(params, backups)
     table = hyper.tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import count, pairwise, repeat
+from itertools import count, repeat
 from operator import is_, is_not
 from typing import Any
 
@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from sam_fused.ops import backends
-from sam_fused.ops.checks import is_dense
+from sam_fused.ops.checks import refuse_shared_memory
+from sam_fused.ops.fingerprint import PLAIN_TYPES
 from sam_fused.ops.metrics import perturbation_metrics
 from sam_fused.ops.prepared import Gradients, HyperTable, TensorSet
 
 from . import groups
 from .buffers import BackupBuffers
 from .state import Control
-
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 _serials = count()
 
@@ -42,7 +41,7 @@ class Part:
 
 def backend_for(param: Tensor, forced: str | None) -> str:
     """The device's backend; for tensor subclasses the one that speaks torch, since their memory is not theirs alone."""
-    if type(param) not in _PLAIN_TYPES and forced is None:
+    if type(param) not in PLAIN_TYPES and forced is None:
         return "foreach"
     return backends.choose(param.device, forced)
 
@@ -123,9 +122,8 @@ class Ascent:
             if part.tensors.is_perturbed:
                 try:
                     part.tensors.restore_()
-                except Exception:
-                    # Changed while perturbed, say by model.half(): what was clean is put back in the dtype and place of today.
-                    _copy_back(part.tensors)
+                except Exception:  # changed while perturbed, say by model.half()
+                    part.tensors.restore_converted_()
 
     def _parts(
         self,
@@ -152,7 +150,7 @@ class Ascent:
         for group, (members_count, _, _) in enumerate(flags):
             group_of += [group] * members_count
         indices = [i for i, grad in enumerate(grads) if grad is not None and flags[group_of[i]][1]]
-        _refuse_shared_memory([params[i] for i in indices])
+        refuse_shared_memory([params[i] for i in indices])
         parts = []
         for (_, backend), chosen in partition(params, indices, self._control.backend).items():
             members = [params[i] for i in chosen]
@@ -175,26 +173,3 @@ class Ascent:
         self._known.clear()
         self._params = []
         self._buffers.release()
-
-
-@torch.no_grad()
-def _copy_back(tensors: TensorSet) -> None:
-    for param, backup in zip(tensors.params, tensors.backups, strict=True):
-        if param.size() == backup.size():
-            param.copy_(backup)
-    tensors.perturbed.fill_(0)
-
-
-def _refuse_shared_memory(params: list[Tensor]) -> None:
-    """Memory under two parameters would be perturbed twice, and the second backup would be of perturbed weights."""
-    spans = sorted(
-        (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), index)
-        for index, p in enumerate(params)
-        if type(p) in _PLAIN_TYPES and p.numel() and is_dense(p)
-    )
-    for (device, _, end, first), (other_device, start, _, second) in pairwise(spans):
-        if device == other_device and start < end:
-            raise ValueError(
-                f"params: expected parameters with memory of their own, got shapes {tuple(params[first].shape)} and "
-                f"{tuple(params[second].shape)} over the same: tie weights by using one Parameter twice."
-            )

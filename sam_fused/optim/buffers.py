@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sam_fused.ops.checks import is_dense, same_layout
+from sam_fused.ops.fingerprint import PLAIN_TYPES
 
 # A tensor's backup starts on a cache line: streaming stores of neighbours then never share one.
 _ALIGNMENT = 64
@@ -28,7 +29,7 @@ class BackupBuffers:
         missing = [p for p in params if not self._has(p)]
         places: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for param in missing:
-            if type(param) in (Tensor, torch.nn.Parameter):
+            if type(param) in PLAIN_TYPES:
                 places.setdefault((param.device, param.dtype), []).append(param)
             else:  # a subclass (DTensor) knows best how it is stored
                 self._views[id(param)] = (param, torch.empty_like(param.detach()))

@@ -6,10 +6,10 @@ from itertools import repeat
 from operator import is_, is_not
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sam_fused.ops import functional
 from sam_fused.ops.prepared import HyperTable, TensorSet
 
 from .ascent import Ascent, Part, partition
@@ -167,7 +167,7 @@ class Descent:
             self.stepped = True
             return
         # Unscaled copies stand in for the gradients during the step: gradients are never written into.
-        unscaled = torch._foreach_mul([g for _, g in present], 1.0 / float(grad_scale))
+        unscaled = functional.unscaled([g for _, g in present], grad_scale)
         try:
             for (param, _), grad in zip(present, unscaled, strict=True):
                 param.grad = grad
@@ -189,6 +189,5 @@ def grads_present(grads: list[Tensor | None]) -> list[int]:
 
 
 def _scalars(grad_scale: Tensor | None, found_inf: Any) -> dict[str, Tensor | None]:
-    inverse = None if grad_scale is None else grad_scale.float().reciprocal().reshape(())
-    found = found_inf.float().reshape(()) if isinstance(found_inf, Tensor) else None
-    return {"inv_scale": inverse, "found_inf": found, "clip": None}
+    inverse = None if grad_scale is None else functional.inverse_scale(grad_scale)
+    return {"inv_scale": inverse, "found_inf": found_inf if isinstance(found_inf, Tensor) else None, "clip": None}

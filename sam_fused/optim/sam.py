@@ -358,9 +358,9 @@ class SAM(Optimizer):
         params = self._params()
         scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         grads = list(map(_grad_of, params))
+        if scale is None and found_inf is not None:
+            self._refuse_unscaled_too_early()
         try:
-            if scale is None and found_inf is not None:
-                self._refuse_unscaled_too_early()
             self._descent.step(self.base_optimizer, self._ascent, params, grads, scale, found_inf)
             self._control.state = State.CLEAN
         except BaseException:
@@ -451,7 +451,7 @@ class SAM(Optimizer):
         base.add_param_group(param_group)
         try:
             check_params(base.param_groups[-1]["params"])
-        except TypeError:
+        except (TypeError, ValueError):
             base.param_groups.pop()
             raise
         groups.fill(base, self._names, values, since=known)

@@ -87,6 +87,17 @@ def test_a_parameter_twice_in_a_group_is_refused():
     assert_one_sentence(raised.value, "once")
 
 
+def test_a_refused_group_is_not_added(fast_backend):
+    w, v = parameter([1.0]), parameter([2.0])
+    optimizer = SAM([w], torch.optim.SGD, rho=0.5, lr=0.1, backend=fast_backend)
+    for wrong in ([torch.nn.Parameter(torch.ones(1).expand(3))], [v, v]):
+        with pytest.raises(ValueError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.add_param_group({"params": wrong})
+        assert len(optimizer.param_groups) == 1
+    optimizer.step(quadratic(w))
+
+
 def test_an_expanded_parameter_is_refused():
     with pytest.raises(ValueError) as raised:
         SAM([torch.nn.Parameter(torch.ones(1).expand(3))], torch.optim.SGD, lr=0.1)
@@ -323,9 +334,9 @@ def test_a_missing_base():
 @pytest.mark.parametrize("base_class", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
 def test_unscaling_before_the_second_pass_is_refused(backend, base_class, by_hand):
     """Its gradients would be applied 1024 times too large."""
-    w = torch.nn.Parameter(torch.tensor([1.0]))
+    w, clean = torch.nn.Parameter(torch.tensor([1.0])), 1.0
     optimizer = SAM([w], base_class, rho=0.1, lr=0.001, backend=backend)
-    for early in (True, False):
+    for early in (True, False, True):  # the second time there is a finished step behind it
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         optimizer.zero_grad()
         scaler.scale((w**2).sum()).backward()
@@ -342,12 +353,15 @@ def test_unscaling_before_the_second_pass_is_refused(backend, base_class, by_han
             scaler.unscale_(optimizer)
             scaler.step(optimizer)
             assert 0.9 < w.item() < 1.0
+            clean = w.item()
             continue
+        state = state_of(optimizer)
         with pytest.raises(RuntimeError) as raised:
             scaler.step(optimizer)
         assert_one_sentence(raised.value, "unscale_")
+        assert state_of(optimizer) is state  # refused: nothing was given up
         optimizer.restore()
-        assert w.item() == 1.0
+        assert w.item() == clean
 
 
 # ---- interrupts ------------------------------------------------------------------------------------------------------------
