@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #if defined(__CUDACC__)
 #define SAM_FUSED_HD __host__ __device__ __forceinline__
@@ -19,6 +20,33 @@ SAM_FUSED_HD float fused_multiply_add(float a, float b, float c) { return ::fmaf
 SAM_FUSED_HD double fused_multiply_add(double a, double b, double c) { return ::fma(a, b, c); }
 SAM_FUSED_HD float square_root(float x) { return ::sqrtf(x); }
 SAM_FUSED_HD double square_root(double x) { return ::sqrt(x); }
+
+// False for NaN too.
+SAM_FUSED_HD bool is_finite(double x) { return x - x == 0; }
+
+struct DoubleDouble {
+  double high, low;
+};
+
+// The product to about 2^-104, whatever a machine's pow() would have made of it.
+SAM_FUSED_HD DoubleDouble product(DoubleDouble a, DoubleDouble b) {
+  const double p = a.high * b.high;
+  double e = fused_multiply_add(a.high, b.high, -p);
+  e = e + (a.high * b.low + a.low * b.high);
+  const double high = p + e;
+  return {high, e - (high - p)};
+}
+
+// base^exponent for a whole exponent >= 0. Not pow(): hosts and devices have different ones, and Adam's bias corrections would
+// differ with them. In double-double because the error of base^n doubles with each squaring.
+SAM_FUSED_HD double power(double base, double exponent) {
+  DoubleDouble result{1, 0}, square{base, 0};
+  for (uint64_t bits = static_cast<uint64_t>(exponent); bits != 0; bits >>= 1) {
+    if (bits & 1) result = product(result, square);
+    square = product(square, square);
+  }
+  return result.high;
+}
 
 // w + c g; with T = |w|: w + c w (w g). w (w g) and not (w w) g, so that the norm's w g is the same product.
 template <class T>
@@ -72,10 +100,14 @@ struct AdamState {
   T w, exp_avg, exp_avg_sq, max_exp_avg_sq;
 };
 
-template <bool kCoupledWeightDecay, bool kAmsgrad, class T>
-SAM_FUSED_HD AdamState<T> adam(const AdamConstants<T>& k, AdamState<T> s, T g) {
+template <bool kCoupledWeightDecay, class T>
+SAM_FUSED_HD T adam_direction(const AdamConstants<T>& k, T w, T g) {
   g = g * k.grad_factor;
-  if constexpr (kCoupledWeightDecay) g = fused_multiply_add(k.weight_decay, s.w, g);
+  if constexpr (kCoupledWeightDecay) g = fused_multiply_add(k.weight_decay, w, g);
+  return g;
+}
+template <bool kAmsgrad, class T>
+SAM_FUSED_HD AdamState<T> adam(const AdamConstants<T>& k, AdamState<T> s, T g) {
   s.w = s.w * k.decay_factor;
   s.exp_avg = fused_multiply_add(k.one_minus_beta1, g - s.exp_avg, s.exp_avg);
   s.exp_avg_sq = fused_multiply_add(k.one_minus_beta2 * g, g, k.beta2 * s.exp_avg_sq);

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "element.h"
+
 namespace sam_fused {
 
 // The roles a tensor can have in an operation. A row has one address and one dtype code for each.
@@ -29,16 +31,23 @@ struct TensorRow {
   uint64_t dtypes;  // one byte per role
   void* address[kRoles];
 
-  DType dtype(Role role) const { return static_cast<DType>((dtypes >> (8 * role)) & 0xff); }
+  SAM_FUSED_HD DType dtype(Role role) const { return static_cast<DType>((dtypes >> (8 * role)) & 0xff); }
   void set_dtype(Role role, DType dtype) {
     dtypes = (dtypes & ~(uint64_t{0xff} << (8 * role))) | (uint64_t(dtype) << (8 * role));
   }
 };
+
+struct Rows {
+  TensorRow* data;
+  int64_t count;
+};
+
 inline constexpr int64_t kRowWords = 5 + kRoles;
 static_assert(sizeof(TensorRow) == kRowWords * sizeof(int64_t), "Python writes rows of int64");
 
 // 32 Ki elements: 128 KiB of fp32 per operand, so the operands of one chunk stay inside a 1 MiB second-level cache, and a
-// 25 M parameter model still has several hundred chunks to balance over the threads.
+// 25 M parameter model still has several hundred chunks to balance over the threads. On a GPU a block's chunk: enough work to
+// hide the search for its tensor, and 30 thousand slots of the norm for 1 B parameters, which one block adds up in microseconds.
 inline constexpr int64_t kChunk = 32768;
 
 // A tensor costs something however small it is; counting it as this many elements keeps pieces of many small tensors even.
@@ -76,6 +85,7 @@ class Plan {
   int64_t tensors() const { return static_cast<int64_t>(numels_.size()); }
   int64_t chunks() const { return first_chunk_.back(); }
   int64_t elements() const { return elements_; }
+  int64_t first_chunk(int64_t tensor) const { return first_chunk_[tensor]; }  // chunks() for the one past the last
 
   // The tensor that owns chunk c: the last one whose first chunk is <= c and that is not empty.
   int64_t tensor_of(int64_t c) const {

@@ -9,6 +9,8 @@
 #include <type_traits>
 
 #include "cpu/kernels.h"
+#include "squares.h"
+#include "storage.h"
 
 // x86-64 Linux with g++ or clang: several instruction sets in one library. Anywhere else, and with
 // -DSAM_FUSED_NO_MULTIVERSION, the default compilation alone.

@@ -4,15 +4,12 @@
 #include <cstdint>
 
 #include "element.h"
+#include "hyper.h"
 #include "plan.h"
+#include "squares.h"
+#include "storage.h"
 
 namespace sam_fused::cpu {
-
-// The sum of squares of one chunk. fp64 values are kept in three accumulators scaled by powers of two (after Blue, 1978, and
-// Anderson, 2017), because their squares leave fp64's range; every other storage type's squares are exact in `middle`.
-struct SumOfSquares {
-  double small = 0, middle = 0, big = 0;  // of x 2^600, x, x 2^-600
-};
 
 // What a chunk of a perturbation does. A zero coefficient copies.
 struct PerturbConstants {

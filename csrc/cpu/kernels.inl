@@ -9,66 +9,6 @@ constexpr int64_t kBlock = 512;
 
 // ---- conversions ----------------------------------------------------------------------------------------------------
 
-inline float from_bfloat16(uint16_t bits) {
-  const uint32_t wide = uint32_t(bits) << 16;
-  float value;
-  __builtin_memcpy(&value, &wide, 4);
-  return value;
-}
-
-inline uint16_t to_bfloat16(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // nearest, ties to even
-  const uint32_t nan = (bits >> 16) | 0x0040;                           // quiet, and never rounded up to infinity
-  return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded);
-}
-
-// Portable half precision. Left to right: sign, normal numbers and subnormals by exact float arithmetic.
-inline float from_float16_scalar(uint16_t half) {
-  const uint32_t sign = uint32_t(half & 0x8000) << 16;
-  const uint32_t magnitude = half & 0x7fff;
-  uint32_t bits;
-  if (magnitude >= 0x7c00) {
-    bits = 0x7f800000 | (magnitude & 0x3ff) << 13;
-    if (magnitude > 0x7c00) bits |= 0x00400000;
-  } else if (magnitude >= 0x0400) {
-    bits = (magnitude << 13) + (uint32_t(127 - 15) << 23);
-  } else {
-    const float subnormal = float(int32_t(magnitude)) * 0x1p-24f;
-    __builtin_memcpy(&bits, &subnormal, 4);
-  }
-  bits |= sign;
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
-
-inline uint16_t to_float16_scalar(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  const uint32_t sign = (bits >> 16) & 0x8000;
-  const uint32_t magnitude = bits & 0x7fffffff;
-  uint32_t half;
-  if (magnitude > 0x7f800000) {
-    half = 0x7e00 | ((magnitude >> 13) & 0x3ff);
-  } else if (magnitude >= 0x477ff000) {  // 65520 and above round to infinity
-    half = 0x7c00;
-  } else if (magnitude >= 0x38800000) {  // 2^-14, the smallest normal
-    const uint32_t rebased = magnitude - (uint32_t(127 - 15) << 23);
-    half = (rebased + 0xfff + ((rebased >> 13) & 1)) >> 13;
-  } else {
-    // Adding 2^-1 makes the float adder round at 2^-24, half's last subnormal bit.
-    float positive;
-    __builtin_memcpy(&positive, &magnitude, 4);
-    positive += 0.5f;
-    uint32_t sum;
-    __builtin_memcpy(&sum, &positive, 4);
-    half = sum - 0x3f000000;
-  }
-  return static_cast<uint16_t>(sign | half);
-}
-
 template <class T>
 void widen_float16(const uint16_t* from, T* to, int64_t n) {
   int64_t i = 0;
@@ -80,7 +20,7 @@ void widen_float16(const uint16_t* from, T* to, int64_t n) {
     }
   }
 #endif
-  for (; i < n; ++i) to[i] = from_float16_scalar(from[i]);
+  for (; i < n; ++i) to[i] = from_float16(from[i]);
 }
 
 template <class T>
@@ -94,14 +34,10 @@ void narrow_float16(const T* from, uint16_t* to, int64_t n) {
     }
   }
 #endif
-  for (; i < n; ++i) to[i] = to_float16_scalar(static_cast<float>(from[i]));
+  for (; i < n; ++i) to[i] = to_float16(static_cast<float>(from[i]));
 }
 
 // ---- reading and writing a block --------------------------------------------------------------------------------------
-
-inline int64_t size_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
 
 inline char* at(const TensorRow& row, Role role, int64_t element) {
   return static_cast<char*>(row.address[role]) + element * size_of(row.dtype(role));
@@ -260,8 +196,8 @@ struct ExactSquares {
   SumOfSquares total() const { return {0, sum_of_lanes(middle), 0}; }
 };
 
-// Squares of fp64 values may overflow or vanish: values beyond 2^+-400 go to accumulators scaled by 2^-+600. A block without
-// such values, as nearly every one is, adds to `middle` in the same order without looking at each.
+// Squares of fp64 values may overflow or vanish, see squares.h. A block without such values, as nearly every one is, adds to
+// `middle` in the same order without looking at each.
 struct ScaledSquares {
   double small[kLanes] = {}, middle[kLanes] = {}, big[kLanes] = {};
 
@@ -272,7 +208,7 @@ struct ScaledSquares {
     for (int64_t i = 0; i < n; ++i) {
       values[i] = value_at(i);
       const double size = __builtin_fabs(values[i]);
-      outside += int64_t(size > 0x1p400) + (int64_t(size < 0x1p-400) & int64_t(size != 0));
+      outside += int64_t(size > kBigValue) + (int64_t(size < kSmallValue) & int64_t(size != 0));
     }
     if (outside == 0) {
       ExactSquares<true> plain;
@@ -282,12 +218,10 @@ struct ScaledSquares {
       return;
     }
     for (int64_t i = 0; i < n; ++i) {
-      const double x = values[i];
-      const double size = __builtin_fabs(x);
       const int64_t lane = i % kLanes;
-      if (size > 0x1p400) big[lane] += (x * 0x1p-600) * (x * 0x1p-600);
-      else if (size < 0x1p-400) small[lane] += (x * 0x1p600) * (x * 0x1p600);
-      else middle[lane] += x * x;  // NaN too
+      SumOfSquares sum{small[lane], middle[lane], big[lane]};
+      add_square(sum, values[i]);
+      small[lane] = sum.small, middle[lane] = sum.middle, big[lane] = sum.big;
     }
   }
 
@@ -411,14 +345,7 @@ SgdLoop<T> sgd_loop_for(Momentum momentum, const SgdConstants<double>& k) {
 
 template <class T>
 void sgd_chunk(const TensorRow& row, const Chunk& chunk, const SgdConstants<double>& wide, bool stream) {
-  const SgdConstants<T> k{static_cast<T>(wide.negative_lr),
-                          static_cast<T>(wide.momentum),
-                          static_cast<T>(wide.one_minus_dampening),
-                          static_cast<T>(wide.weight_decay),
-                          static_cast<T>(wide.grad_factor),
-                          wide.has_momentum,
-                          wide.has_weight_decay,
-                          wide.nesterov};
+  const SgdConstants<T> k = rounded<T>(wide);
   const Momentum momentum = !k.has_momentum ? Momentum::kNone : row.first ? Momentum::kFirst : Momentum::kRunning;
   const SgdLoop<T> loop = sgd_loop_for<T>(momentum, wide);
   for_each_block(chunk, [&](int64_t element, int64_t n) {
@@ -449,7 +376,7 @@ void adam_loop(AdamConstants<T> k, AdamBlock<T> b, int64_t n) {
   SAM_FUSED_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
     const AdamState<T> before{b.w[i], b.m[i], b.v[i], kAmsgrad ? b.v_max[i] : T{0}};
-    const AdamState<T> s = adam<kCoupledWeightDecay, kAmsgrad>(k, before, b.g[i]);
+    const AdamState<T> s = adam<kAmsgrad>(k, before, adam_direction<kCoupledWeightDecay>(k, b.w[i], b.g[i]));
     b.w_out[i] = s.w;
     b.m_out[i] = s.exp_avg;
     b.v_out[i] = s.exp_avg_sq;
@@ -459,17 +386,7 @@ void adam_loop(AdamConstants<T> k, AdamBlock<T> b, int64_t n) {
 
 template <class T, bool kCoupledWeightDecay, bool kAmsgrad>
 void adam_chunk(const TensorRow& row, const Chunk& chunk, const AdamConstants<double>& wide, bool stream) {
-  const AdamConstants<T> k{static_cast<T>(wide.one_minus_beta1),
-                           static_cast<T>(wide.beta2),
-                           static_cast<T>(wide.one_minus_beta2),
-                           static_cast<T>(wide.eps),
-                           static_cast<T>(wide.weight_decay),
-                           static_cast<T>(wide.decay_factor),
-                           static_cast<T>(wide.negative_step_size),
-                           static_cast<T>(wide.bias2_sqrt),
-                           static_cast<T>(wide.grad_factor),
-                           kCoupledWeightDecay,
-                           kAmsgrad};
+  const AdamConstants<T> k = rounded<T>(wide);
   for_each_block(chunk, [&](int64_t element, int64_t n) {
     alignas(64) T g_buffer[kBlock], w_buffer[kBlock], result[kBlock];
     alignas(64) T m_buffer[kBlock], v_buffer[kBlock], max_buffer[kBlock];

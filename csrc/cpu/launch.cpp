@@ -82,15 +82,6 @@ void for_each_chunk(const Plan& plan, const F& f) {
   });
 }
 
-double norm_of(const SumOfSquares& total) {
-  // The accumulators' scales are 2^600, 1 and 2^-600; a smaller one matters only where the next larger is empty or close.
-  if (total.big != 0) return std::sqrt(total.big + total.middle * 0x1p-600 * 0x1p-600) * 0x1p600;
-  if (total.middle != 0) return std::sqrt(total.middle + total.small * 0x1p-600 * 0x1p-600);
-  return std::sqrt(total.small) * 0x1p-600;
-}
-
-double grad_factor_of(const GradPolicy& policy, bool maximize) { return maximize ? -policy.factor : policy.factor; }
-
 }  // namespace
 
 double grad_norm(Rows rows, double inv_scale) {
@@ -101,11 +92,7 @@ double grad_norm(Rows rows, double inv_scale) {
     kernel.sum_of_squares(rows.data[chunk.tensor], chunk, inv_scale, &slots[c]);
   });
   SumOfSquares total;
-  for (const SumOfSquares& slot : slots) {
-    total.small += slot.small;
-    total.middle += slot.middle;
-    total.big += slot.big;
-  }
+  for (const SumOfSquares& slot : slots) total = total + slot;
   return norm_of(total);
 }
 
@@ -116,9 +103,8 @@ void perturb(Rows rows, double norm, const double* hyper, double inv_scale, bool
   std::vector<PerturbConstants> constants(rows.count);
   for (int64_t t = 0; t < rows.count; ++t) {
     const double* h = hyper + rows.data[t].group * kPerturbColumns;
-    const double ratio = h[kRho] / (norm + h[kPerturbEps]);
-    const double c = rows.data[t].dtype(kWeight) == DType::kFloat64 ? ratio * inv_scale : double(float(ratio * inv_scale));
-    constants[t] = {c, std::isfinite(norm) && norm != 0 && c != 0 && std::isfinite(c), backup_exists, stream};
+    const Perturbation p = perturbation(h, norm, inv_scale, rows.data[t].dtype(kWeight) == DType::kFloat64);
+    constants[t] = {p.c, p.move, backup_exists, stream};
   }
   // Forwards, as the norm went: starting with the gradients that it left in the cache measured slower.
   for_each_chunk(plan, [&](int64_t, const Chunk& chunk) {
@@ -141,15 +127,7 @@ void restore_sgd(Rows rows, const double* hyper, const GradPolicy& policy) {
   const bool stream = worth_streaming(plan, 5);
   std::vector<SgdConstants<double>> constants(rows.count);
   for (int64_t t = 0; t < rows.count; ++t) {
-    const double* h = hyper + rows.data[t].group * kSgdColumns;
-    constants[t] = {-h[kSgdLr],
-                    h[kMomentum],
-                    1 - h[kDampening],
-                    h[kSgdWeightDecay],
-                    grad_factor_of(policy, h[kSgdMaximize] != 0),
-                    h[kMomentum] != 0,
-                    h[kSgdWeightDecay] != 0,
-                    h[kNesterov] != 0};
+    constants[t] = sgd_constants(hyper + rows.data[t].group * kSgdColumns, policy.factor);
   }
   for_each_chunk(plan, [&](int64_t, const Chunk& chunk) {
     const TensorRow& row = rows.data[chunk.tensor];
@@ -179,20 +157,7 @@ void restore_adamw(Rows rows, const double* hyper, const GradPolicy& policy) {
     }
     previous_step = step;
     const double* h = hyper + row.group * kAdamColumns;
-    const double bias1 = 1 - std::pow(h[kBeta1], step);
-    const bool decoupled = h[kDecoupled] != 0;
-    const double bias2 = 1 - std::pow(h[kBeta2], step);
-    constants[t] = {1 - h[kBeta1],
-                    h[kBeta2],
-                    1 - h[kBeta2],
-                    h[kAdamEps],
-                    h[kAdamWeightDecay],
-                    decoupled ? 1 - h[kAdamLr] * h[kAdamWeightDecay] : 1,
-                    -h[kAdamLr] / bias1,
-                    std::sqrt(bias2),
-                    grad_factor_of(policy, h[kAdamMaximize] != 0),
-                    h[kAdamWeightDecay] != 0 && !decoupled,
-                    h[kAmsgrad] != 0};
+    constants[t] = adam_constants(h, power(h[kBeta1], step), power(h[kBeta2], step), policy.factor);
   }
   for_each_chunk(plan, [&](int64_t, const Chunk& chunk) {
     const TensorRow& row = rows.data[chunk.tensor];

@@ -7,16 +7,6 @@
 
 namespace sam_fused::cpu {
 
-struct Rows {
-  TensorRow* data;
-  int64_t count;
-};
-
-// Columns of the fp64 hyper-parameter tables, one row per parameter group. ops/schema.py names them in the same order.
-enum PerturbColumn { kRho, kPerturbEps, kPerturbColumns };
-enum SgdColumn { kSgdLr, kMomentum, kDampening, kSgdWeightDecay, kNesterov, kSgdMaximize, kSgdColumns };
-enum AdamColumn { kAdamLr, kBeta1, kBeta2, kAdamEps, kAdamWeightDecay, kDecoupled, kAmsgrad, kAdamMaximize, kAdamColumns };
-
 // What the base optimizer's gradient is multiplied with, and whether the step is skipped.
 struct GradPolicy {
   double factor = 1;  // inv_scale times the clip factor

@@ -2,19 +2,12 @@
 // Arguments were checked in Python; what could still corrupt memory is checked again here.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
-#include <optional>
 #include <tuple>
-#include <vector>
+
+#include "operands.h"
 
 namespace sam_fused::cpu {
-
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using Ints = std::vector<int64_t>;
-using MaybeTensor = std::optional<Tensor>;
 
 std::tuple<Tensor, Tensor> grad_norm(Tensors grads, Tensors params, Ints scaling, Tensors accumulators, MaybeTensor weight,
                                      MaybeTensor inv_scale);
@@ -30,14 +23,15 @@ void restore_adamw_(Tensors params, Tensors backups, Tensors grads, Tensors exp_
 
 // rows: int64 [n, kRowWords], see TensorRow. grads: int64 [n], the gradients' addresses. perturbed: int64 [1], set to 1 in
 // the same call that moves the weights and to 0 in the one that moves them back, so no interrupt can fall between the two.
-void prepared_grad_norm_(Tensor rows, Tensor grads, Tensor norm, Tensor found_inf, MaybeTensor inv_scale);
+// table: for devices that cannot read `rows`; the CPU can.
+void prepared_grad_norm_(Tensor rows, Tensor grads, Tensor norm, Tensor found_inf, MaybeTensor inv_scale, MaybeTensor table);
 void prepared_perturb_(Tensor rows, Tensor grads, Tensor norm, Tensor hyper, Tensor perturbed, bool backup_exists,
-                       MaybeTensor inv_scale);
-void prepared_restore_(Tensor rows, Tensor perturbed);
+                       MaybeTensor inv_scale, MaybeTensor table);
+void prepared_restore_(Tensor rows, Tensor perturbed, MaybeTensor table);
 void prepared_restore_sgd_(Tensor rows, Tensor grads, Tensor hyper, Tensor perturbed, MaybeTensor inv_scale,
-                           MaybeTensor found_inf, MaybeTensor clip);
+                           MaybeTensor found_inf, MaybeTensor clip, MaybeTensor table);
 void prepared_restore_adamw_(Tensor rows, Tensor grads, Tensor hyper, Tensor perturbed, MaybeTensor inv_scale,
-                             MaybeTensor found_inf, MaybeTensor clip);
+                             MaybeTensor found_inf, MaybeTensor clip, MaybeTensor table);
 
 int64_t cpu_capability();  // 0 default, 1 avx2, 2 avx512
 int64_t row_words();       // what Python's rows must be wide

@@ -78,7 +78,8 @@ template <bool kCoupled, bool kAmsgrad, class T>
 void adam_some(int64_t n, const T* w, const T* g, const T* k, T* m, T* v, T* largest, T* out) {
   const AdamConstants<T> constants{k[0], k[1], k[2], k[3], k[4], k[5], k[6], k[7], k[8], kCoupled, kAmsgrad};
   for (int64_t i = 0; i < n; ++i) {
-    const AdamState<T> s = adam<kCoupled, kAmsgrad>(constants, AdamState<T>{w[i], m[i], v[i], largest[i]}, g[i]);
+    const AdamState<T> before{w[i], m[i], v[i], largest[i]};
+    const AdamState<T> s = adam<kAmsgrad>(constants, before, adam_direction<kCoupled>(constants, w[i], g[i]));
     out[i] = s.w, m[i] = s.exp_avg, v[i] = s.exp_avg_sq, largest[i] = s.max_exp_avg_sq;
   }
 }

@@ -179,19 +179,20 @@ def test_python_and_cpp_agree_on_roles_and_dtypes():
     import re
     from pathlib import Path
 
-    from sam_fused.ops import prepared, schema
+    from sam_fused.ops import rows, schema
     from sam_fused.ops.dtypes import CODES
 
     csrc = Path(__file__).parents[2] / "csrc"
-    plan, launch = (csrc / "plan.h").read_text(), (csrc / "cpu" / "launch.h").read_text()
+    plan, hyper = (csrc / "plan.h").read_text(), (csrc / "hyper.h").read_text()
     roles = re.search(r"enum Role : int \{ (.*?), kRoles \}", plan).group(1).split(", ")
-    assert [role.removeprefix("k").lower() for role in roles] == list(prepared._ROLES)
+    assert [role.removeprefix("k").lower() for role in roles] == list(rows.ROLES)
+    assert int(re.search(r"int64_t kChunk = (\d+);", plan).group(1)) == rows.CHUNK
     codes = dict(re.findall(r"k(\w+) = (\d)", re.search(r"enum class DType.*?\}", plan).group(0)))
     assert {name.lower(): int(code) for name, code in codes.items()} == {
         str(d).removeprefix("torch."): c for d, c in CODES.items()
     }
     columns = {"Perturb": schema.PERTURB_COLUMNS, "Sgd": schema.SGD_COLUMNS, "Adam": schema.ADAM_COLUMNS}
     for name, wanted in columns.items():
-        found = re.search(rf"enum {name}Column \{{ (.*?) \}}", launch).group(1).split(", ")[:-1]
+        found = re.search(rf"enum {name}Column \{{ (.*?) \}}", hyper).group(1).split(", ")[:-1]
         bare = [re.sub(r"^k(Sgd|Adam)?", "", column).lower() for column in found]
         assert bare == [column.replace("_", "") for column in wanted]

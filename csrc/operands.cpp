@@ -1,0 +1,154 @@
+#include "operands.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace sam_fused {
+
+using torch::headeronly::ScalarType;
+
+namespace {
+
+// Whether both fill a block of memory of their own and element i of one block is element i of the other's. A dimension of
+// size 1 has no stride that matters.
+bool same_layout(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim() || a.numel() != b.numel()) return false;
+  std::vector<std::pair<int64_t, int64_t>> strides;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != b.size(d)) return false;
+    if (a.size(d) == 1) continue;
+    if (a.stride(d) != b.stride(d)) return a.is_contiguous() && b.is_contiguous();
+    strides.emplace_back(a.stride(d), a.size(d));
+  }
+  std::sort(strides.begin(), strides.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : strides) {
+    if (stride != expected) return a.numel() == 0;
+    expected *= size;
+  }
+  return true;
+}
+
+bool may_be_unused(Role role) { return role == kState0 || role == kState1 || role == kState2; }
+
+}  // namespace
+
+DType code_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Double: return DType::kFloat64;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    default: STD_TORCH_CHECK(false, "sam_fused: expected float32, float64, bfloat16 or float16");
+  }
+}
+
+void check_scalar(const Tensor& scalar, Place place) {
+  const ScalarType dtype = scalar.scalar_type();
+  STD_TORCH_CHECK(place.holds(scalar) && scalar.numel() == 1 && (dtype == ScalarType::Double || dtype == ScalarType::Float),
+                  "sam_fused: expected a float32 or float64 tensor of one element on the parameters' device, got ",
+                  scalar.numel(), " elements");
+}
+
+RowList::RowList(Tensors sizes, Place place) : sizes_(std::move(sizes)), place_(place), rows_(sizes_.size()) {
+  for (size_t i = 0; i < sizes_.size(); ++i) rows_[i] = TensorRow{sizes_[i].numel(), 0, 0, 0, 0, {}};
+}
+
+RowList& RowList::role(Role role, const Tensors& tensors) {
+  if (tensors.empty()) return *this;
+  check_length(tensors.size());
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    const Tensor& tensor = tensors[i];
+    // An entry that a group has no use for may be any empty tensor, and stays null: refused below where it is needed.
+    if (tensor.numel() == 0 && may_be_unused(role)) continue;
+    STD_TORCH_CHECK(place_.holds(tensor), "sam_fused: expected tensor ", i, " of every list on one device");
+    if (role == kStep) check_scalar(tensor, place_);
+    else {
+      STD_TORCH_CHECK(same_layout(sizes_[i], tensor), "sam_fused: expected tensor ", i,
+                      " of every list to lie in memory as its parameter does");
+    }
+    rows_[i].address[role] = tensor.data_ptr();
+    rows_[i].set_dtype(role, code_of(tensor));
+  }
+  return *this;
+}
+
+RowList& RowList::ints(int64_t TensorRow::*field, const Ints& values) {
+  if (values.empty()) return *this;
+  check_length(values.size());
+  for (size_t i = 0; i < values.size(); ++i) rows_[i].*field = values[i];
+  return *this;
+}
+
+RowList& RowList::backups_have_the_weights_dtype() {
+  for (const TensorRow& row : rows_) {
+    STD_TORCH_CHECK(row.dtype(kWeight) == row.dtype(kBackup), "sam_fused: expected backups of their parameters' dtype");
+  }
+  return *this;
+}
+
+void RowList::check_length(size_t length) const {
+  STD_TORCH_CHECK(length == rows_.size(), "sam_fused: expected lists of one length, got ", length, " and ", rows_.size());
+}
+
+Rows rows_of(const Tensor& table) {
+  STD_TORCH_CHECK(table.is_cpu() && table.dim() == 2 && table.size(1) == kRowWords && table.is_contiguous() &&
+                      table.scalar_type() == ScalarType::Long,
+                  "sam_fused: expected an int64 table of rows as ops/prepared.py builds it");
+  return {static_cast<TensorRow*>(table.data_ptr()), table.size(0)};
+}
+
+Rows rows_of(const Tensor& table, const Tensor& grads) {
+  const Rows rows = rows_of(table);
+  STD_TORCH_CHECK(grads.is_cpu() && grads.numel() == rows.count && grads.scalar_type() == ScalarType::Long && grads.is_contiguous(),
+                  "sam_fused: expected one int64 gradient address per row");
+  const auto* addresses = static_cast<const int64_t*>(grads.data_ptr());
+  for (int64_t i = 0; i < rows.count; ++i) {
+    STD_TORCH_CHECK(addresses[i] != 0 || rows.data[i].numel == 0, "sam_fused: expected an address for gradient ", i);
+    rows.data[i].address[kGrad] = reinterpret_cast<void*>(addresses[i]);
+  }
+  return rows;
+}
+
+void check_role(Rows rows, Role role) {
+  for (int64_t i = 0; i < rows.count; ++i) {
+    STD_TORCH_CHECK(rows.data[i].numel == 0 || rows.data[i].address[role] != nullptr,
+                    "sam_fused: expected a list with an entry for tensor ", i, ", got none");
+  }
+}
+
+void check_table(const Tensor& hyper, int64_t columns, Rows rows) {
+  STD_TORCH_CHECK(hyper.dim() == 2 && hyper.size(1) == columns && hyper.is_contiguous() &&
+                      hyper.scalar_type() == ScalarType::Double,
+                  "sam_fused: expected a contiguous float64 hyper-parameter table with ", columns, " columns");
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const int64_t group = rows.data[i].group;
+    STD_TORCH_CHECK(group >= 0 && group < hyper.size(0), "sam_fused: expected groups below ", hyper.size(0), ", got ", group);
+  }
+}
+
+void check_state(Rows rows, const double* hyper, int64_t columns, int64_t wanted_by, Role role) {
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const TensorRow& row = rows.data[i];
+    STD_TORCH_CHECK(row.numel == 0 || row.address[role] != nullptr || hyper[row.group * columns + wanted_by] == 0,
+                    "sam_fused: expected optimizer state for tensor ", i, " because its group uses it, got none");
+  }
+}
+
+void check_not_accumulating(const Tensors& accumulators, const MaybeTensor& weight) {
+  STD_TORCH_CHECK(accumulators.empty() && !weight.has_value(), "sam_fused: accumulators are not supported yet");
+}
+
+int64_t* cell_of(const Tensor& perturbed) {
+  STD_TORCH_CHECK(perturbed.is_cpu() && perturbed.numel() == 1 && perturbed.scalar_type() == ScalarType::Long,
+                  "sam_fused: expected the perturbed cell to be one int64 on the CPU");
+  return static_cast<int64_t*>(perturbed.data_ptr());
+}
+
+Tensor new_scalar(const Tensor& like, ScalarType dtype) {
+  return torch::stable::new_empty(like, std::vector<int64_t>{}, dtype);
+}
+
+}  // namespace sam_fused
