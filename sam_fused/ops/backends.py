@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 
-from . import native, schema
+from . import native, schema, triton
 
 _ENVIRONMENT = "SAM_FUSED_BACKEND"
+
+# Those with compiled kernels, the best first: each says why it cannot serve a device.
+COMPILED: dict[str, Callable[[torch.device], str | None]] = {"native": native.reason_not, "triton": triton.reason_not}
+
+
+def is_compiled(backend: str) -> bool:
+    """Whether the backend has kernels of its own: they read blocks of memory, and run the last pass fused on every device."""
+    return backend in COMPILED
 
 
 def _why_not(backend: str, device: torch.device) -> str | None:
     """None if ``backend`` can serve ``device``, else the reason and the remedy."""
-    if backend == "native":
-        if device.type != "cpu":
-            return f"the native library has no kernels for {device.type} yet, only for the CPU"
-        return native.status().reason
+    if backend in COMPILED:
+        return COMPILED[backend](device)
     if backend == "reference" and device.type not in ("cpu", "cuda"):
         return f"the reference computes in float64, which {device.type} may not have"
     return None
@@ -41,7 +48,7 @@ def check_name(forced: str | None) -> None:
 
 
 def choose(device: torch.device, forced: str | None = None) -> str:
-    """The backend for ``device``: the forced one, else native if it serves the device, else foreach.
+    """The backend for ``device``: the forced one, else native if it serves the device, else triton on CUDA, else foreach.
 
     Raises:
         ValueError: the forced name is no backend.
@@ -49,8 +56,9 @@ def choose(device: torch.device, forced: str | None = None) -> str:
     """
     forced = forced or os.environ.get(_ENVIRONMENT) or None
     if forced is None:
-        _say_once(device.type)
-        return _automatic(device)
+        backend = _automatic(device)
+        _say_once(device.type, backend)
+        return backend
     check_name(forced)
     reason = _why_not(forced, device)
     if reason is not None:
@@ -59,15 +67,32 @@ def choose(device: torch.device, forced: str | None = None) -> str:
 
 
 def _automatic(device: torch.device) -> str:
-    return "native" if _why_not("native", device) is None else "foreach"
+    if native.reason_not(device) is None:
+        return "native"
+    # Elsewhere Triton runs under its interpreter at best, which is for tests.
+    if device.type == "cuda" and triton.reason_not(device) is None:
+        return "triton"
+    return "foreach"
 
 
 @cache
-def _say_once(device_type: str) -> None:
-    """Says, once in a process, that a device's fast backend is missing."""
-    reason = _why_not("native", torch.device(device_type))
-    if device_type == "cpu" and reason is not None:
-        warnings.warn(f"sam_fused uses the slower 'foreach' backend on {device_type}: {reason}", RuntimeWarning, stacklevel=3)
+def _say_once(device_type: str, backend: str) -> None:
+    """Says, once in a process, that a device's fastest backend is missing. That Triton serves where nothing was built needs no
+    saying: it is the same kernels."""
+    device = torch.device(device_type)
+    if backend == "foreach" and device_type in ("cpu", "cuda"):
+        reasons = {name: reason for name in _candidates(device) if (reason := _why_not(name, device)) is not None}
+        causes = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        message = f"sam_fused uses the slower 'foreach' backend on {device_type}: {causes}"
+    elif backend == "triton" and native.uncovered(device) is not None:
+        message = f"sam_fused uses its Triton kernels on {device_type}: {native.uncovered(device)}"
+    else:
+        return
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _candidates(device: torch.device) -> tuple[str, ...]:
+    return ("native", "triton") if device.type == "cuda" else ("native",)
 
 
 def report() -> list[dict[str, Any]]:
@@ -80,9 +105,15 @@ def report() -> list[dict[str, Any]]:
         try:
             forced = os.environ.get(_ENVIRONMENT)
             backend = choose(device, forced) if forced else _automatic(device)
-            why_not = _why_not("native", device)
-            reason = f"forced by {_ENVIRONMENT}" if forced else why_not or "the native library covers it"
+            reason = f"forced by {_ENVIRONMENT}" if forced else _why(backend, device)
         except (RuntimeError, ValueError) as error:
             backend, reason = "none", str(error)
         rows.append({"device": str(device), "backend": backend, "reason": reason})
     return rows
+
+
+def _why(backend: str, device: torch.device) -> str:
+    if backend == "native":
+        return "the native library covers it"
+    reasons = [f"{name}: {reason}" for name in _candidates(device) if (reason := _why_not(name, device)) is not None]
+    return reasons[0].split(": ", 1)[1] if len(reasons) == 1 else "; ".join(reasons)

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import backends, checks, foreach, native, reference, schema
+from . import backends, checks, fitting, foreach, reference, schema, triton
 
+# Backends that take tensors as they are. The others' kernels read blocks of memory, which have to fit.
 _PYTHON = {"reference": reference.KERNELS, "foreach": foreach.KERNELS}
+schema.register_python_backend("triton", triton.KERNELS)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -33,8 +35,8 @@ def run(
     compiling = torch.compiler.is_compiling()
     name = _chosen(str(device), backend) if compiling else backends.choose(device, backend)
     with torch.no_grad():
-        if name == "native":
-            result = native.call(op, lists, reference_list, arguments)
+        if name not in _PYTHON:
+            result = fitting.call(op, name, lists, reference_list, arguments)
         elif compiling:
             # Opaque to the compiler: its in-place lists are functionalised from the schema.
             full = schema.OPS[op].complete({**{k: list(v) for k, v in lists.items()}, **arguments})

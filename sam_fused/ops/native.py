@@ -1,13 +1,8 @@
-"""The C++ library: loading it, why it is missing, and fitting tensors to what its kernels read.
-
-The kernels see blocks of memory, not strides: element i of a block belongs to element i of every other list's. Tensors whose
-memory is arranged differently from their parameter's are copied into the parameter's arrangement, and copied back if the
-operation writes them.
-"""
+"""The C++ libraries, one for the CPU and one for CUDA: loading them, why they are missing, which cards they cover."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,24 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import schema
-from .checks import is_dense, same_layout
+from .rows import ROW_WORDS
 
 CAPABILITIES = ("default", "avx2", "avx512")
 
 
 @dataclass(frozen=True)
 class NativeStatus:
-    """Whether the C++ library is loaded; if not, why, and what to do; if so, its CPU instruction set."""
+    """Whether the CPU's library is loaded; if not, why, and what to do; if so, its instruction set."""
 
     loaded: bool
     reason: str | None
     capability: str | None
 
 
+@dataclass(frozen=True)
+class CudaStatus:
+    """Whether the CUDA library is loaded; if not, why, and what to do; if so, what it was compiled for."""
+
+    loaded: bool
+    reason: str | None
+    architectures: tuple[str, ...]
+
+
 @lru_cache(maxsize=1)
 def status() -> NativeStatus:
-    """Loads the library on the first call and remembers how that went. Compiles nothing."""
+    """Loads the CPU's library on the first call and remembers how that went. Compiles nothing."""
     try:
         from sam_fused import _C  # type: ignore[attr-defined]  # noqa: F401  importing it registers the kernels
     except ImportError as error:
@@ -45,8 +48,6 @@ def status() -> NativeStatus:
         rows = torch.ops.sam_fused.row_words()
     except (AttributeError, RuntimeError):  # a library of other sources, which registers something else
         rows = 0
-    from .prepared import ROW_WORDS
-
     if rows != ROW_WORDS:
         return NativeStatus(
             False,
@@ -56,30 +57,99 @@ def status() -> NativeStatus:
     return NativeStatus(True, None, CAPABILITIES[torch.ops.sam_fused.cpu_capability()])
 
 
-def _fit(tensor: Tensor, param: Tensor) -> Tensor:
-    """``tensor`` itself if it lies in memory as ``param`` does (as a contiguous one if ``param`` has gaps), else a copy."""
-    if is_dense(param):
-        if same_layout(param, tensor):
-            return tensor
-        return torch.empty_strided(param.size(), param.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-    return tensor.contiguous()
+@lru_cache(maxsize=1)
+def cuda_status() -> CudaStatus:
+    """Loads the CUDA library on the first call and remembers how that went. Needs no card."""
+    from sam_fused._record import build_record
+
+    record = build_record()
+    here = status()
+    if not here.loaded:
+        return CudaStatus(False, record.cuda_reason or here.reason, ())
+    try:
+        from sam_fused import _C_cuda  # type: ignore[attr-defined]  # noqa: F401
+    except ImportError as error:
+        cause = record.cuda_reason or (
+            f"the built CUDA library could not be loaded ({error}), this torch is built for {_torch_is_for()}; "
+            "reinstall with the torch that is running"
+        )
+        return CudaStatus(False, cause, ())
+    try:
+        architectures = str(torch.ops.sam_fused.cuda_architectures())
+    except (AttributeError, RuntimeError):
+        return CudaStatus(False, "the built CUDA library is of other sources: rebuild it from these", ())
+    return CudaStatus(True, None, tuple(re.split(r"[;, ]+", architectures.strip())))
 
 
-def call(op: str, lists: dict[str, Sequence[Tensor]], reference: str, arguments: dict[str, Any]) -> Any:
-    """``torch.ops.sam_fused.<op>.native`` over lists fitted to ``lists[reference]``; writes back what was copied."""
-    params = lists[reference]
-    fitted: dict[str, list[Tensor]] = {}
-    copies: list[tuple[Tensor, Tensor]] = []
-    mutates = schema.OPS[op].mutates
-    for name, tensors in lists.items():
-        if name == "steps":  # scalars, whatever their parameter's shape
-            fitted[name] = list(tensors)
+def _torch_is_for() -> str:
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
+
+
+def covers(architectures: tuple[str, ...], capability: tuple[int, int]) -> bool:
+    """Whether code compiled for ``architectures`` runs on a card: machine code does within its major version from its minor
+    version on (``9.0a`` on its own card alone), PTX on every later card too."""
+    for entry in architectures:
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if found is None:
             continue
-        fitted[name] = [_fit(t, p) if t.numel() == p.numel() else t for t, p in zip(tensors, params, strict=False)]
-        if name in mutates:
-            copies += [(t, f) for t, f in zip(tensors, fitted[name], strict=False) if f is not t]
-    function: Callable[..., Any] = schema.overload(op, "native")
-    result = function(**schema.OPS[op].complete({**fitted, **arguments}))
-    for tensor, copy in copies:
-        tensor.copy_(copy)
-    return result
+        compiled = (int(found[1]), int(found[2]))
+        if compiled == capability:
+            return True
+        if found[3] != "a" and compiled[0] == capability[0] and compiled <= capability:
+            return True
+        if found[4] and not found[3] and compiled <= capability:
+            return True
+    return False
+
+
+def uncovered(device: torch.device) -> str | None:
+    """A library that is there and has no code for this card: why, and what to do. None otherwise."""
+    cuda = cuda_status()
+    if not cuda.loaded or not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if covers(cuda.architectures, capability):
+        return None
+    card = f"{capability[0]}.{capability[1]}"
+    return (
+        f"the CUDA library was built for {' '.join(cuda.architectures)} and {device} is {card}; "
+        f"reinstall on this machine or with TORCH_CUDA_ARCH_LIST={card}"
+    )
+
+
+def reason_not(device: torch.device) -> str | None:
+    """None if the libraries can serve ``device``, else the cause and the remedy."""
+    if device.type == "cpu":
+        return status().reason
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"the native library has kernels for the CPU and CUDA, not for {device.type}"
+    if not cuda_status().loaded:
+        return cuda_status().reason
+    return uncovered(device)
+
+
+class NativeDoor:
+    """The libraries' ``Door``: the operators find the device by themselves."""
+
+    def table(self, rows: Tensor, device: torch.device) -> Any:
+        if device.type == "cpu":
+            return None
+        return torch.ops.sam_fused.device_table(rows, torch.empty(0, dtype=torch.int64, device=device))
+
+    def grad_norm_(self, *arguments: Any) -> None:
+        torch.ops.sam_fused.prepared_grad_norm_(*arguments)
+
+    def perturb_(self, *arguments: Any) -> None:
+        torch.ops.sam_fused.prepared_perturb_(*arguments)
+
+    def restore_(self, *arguments: Any) -> None:
+        torch.ops.sam_fused.prepared_restore_(*arguments)
+
+    def restore_sgd_(self, *arguments: Any) -> None:
+        torch.ops.sam_fused.prepared_restore_sgd_(*arguments)
+
+    def restore_adamw_(self, *arguments: Any) -> None:
+        torch.ops.sam_fused.prepared_restore_adamw_(*arguments)
+
+
+DOOR = NativeDoor()

@@ -1,7 +1,7 @@
 """Tensors that go through a step together, with what does not change between steps looked up once.
 
-A ``TensorSet`` is what the optimizer layer talks to. It has two ways into the same kernels. The fast one, for the native
-backend and plain tensors, keeps an int64 table with one row per tensor (``TensorRow`` in ``csrc/plan.h``) and hands over one
+A ``TensorSet`` is what the optimizer layer talks to. It has two ways into the same kernels. The fast one, for backends with
+compiled kernels (``DOORS``) and plain tensors, keeps an int64 table with one row per tensor (``TensorRow`` in ``csrc/plan.h``) and hands over one
 int64 tensor of the fresh gradients' addresses: marshalling eight lists of 161 tensors into C++ costs 0.2 ms, more than the
 arithmetic of a small model. Everything an address stands for is checked on every step: ``is_current`` holds each cached
 address against the tensor's present one (whoever keeps a set asks before using it, and makes a new one if not), ``checked``
@@ -21,16 +21,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import functional, native
+from . import functional, native, triton
 from .checks import check_tensor, is_dense, same_layout
-from .dtypes import CODES, SUPPORTED
+from .door import Door
+from .dtypes import SUPPORTED
 from .fingerprint import PLAIN_TYPES, Fingerprint
+from .rows import FIRST, build_rows
 
-# The layout of TensorRow: numel, group, scaling, first, dtypes, then one address per role.
-_FIRST_COLUMN = 3
-_ADDRESSES = 5
-_ROLES = ("weight", "backup", "grad", "state0", "state1", "state2", "step", "accumulator")
-ROW_WORDS = _ADDRESSES + len(_ROLES)
+# The backends that have a second door.
+DOORS: dict[str, Door] = {"native": native.DOOR, "triton": triton.DOOR}
 
 _GRAD_TYPE = frozenset((Tensor, torch.nn.Parameter))
 
@@ -46,6 +45,17 @@ class Gradients:
     tensors: Sequence[Tensor]
     addresses: Tensor | None  # int64, for the fast way; None where the lists must be taken
     fit: bool  # whether the list operations would find nothing to say about them
+
+
+@dataclass
+class _FastWay:
+    """A set's way through its backend's second door: rows, what the device reads in their place, and where norms are put."""
+
+    door: Door
+    rows: Tensor
+    table: Any
+    norm: Tensor
+    found_inf: Tensor
 
 
 def _seen_by_torch_only() -> bool:
@@ -100,19 +110,16 @@ class TensorSet:
         self.steps = list(steps)
         self.first = list(first)
         self.perturbed = torch.zeros(1, dtype=torch.int64, device="cpu") if perturbed is None else perturbed
+        self._device = self.params[0].device if self.params else torch.device("cpu")
         self._fixed = [*self.params, *(t for state in self.states for t in state), *self.steps]
         self._fixed_addresses = _addresses(self._fixed) if self._has_plain_memory() else []
-        self._rows = self._build_rows() if backend == "native" and native.status().loaded and self._fixed_addresses else None
         self._dtypes = list(map(_dtype_of, self.params))
         self._numels = list(map(Tensor.numel, self.params))
         self._fixed_properties = _properties(self._fixed) if self._fixed_addresses else []
         self._checked_before: set[str] = set()
         self._fixed_were = Fingerprint()
         self._grads_were = Fingerprint()
-        if self._rows is not None:
-            wide = torch.float64 in self._dtypes
-            self._norm = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device="cpu")
-            self._found_inf = torch.zeros((), dtype=torch.float32, device="cpu")
+        self._fast = self._fast_way() if self._fixed_addresses else None
 
     # ---- construction and validity -----------------------------------------------------------------------------------
 
@@ -121,35 +128,41 @@ class TensorSet:
             type(t) in PLAIN_TYPES and t.layout == torch.strided and not t.is_neg() for t in (*self._fixed, *self.backups)
         )
 
-    def _build_rows(self) -> Tensor | None:
-        """The table, or None where a tensor's memory is not arranged as its parameter's."""
-        if not all(is_dense(p) and p.is_cpu and p.dtype in SUPPORTED for p in self.params):
+    def _fast_way(self) -> _FastWay | None:
+        if self.backend not in DOORS or (self.backend == "native" and native.reason_not(self._device) is not None):
             return None
-        if not all(
-            b.dtype == p.dtype and b.is_cpu and same_layout(p, b) for b, p in zip(self.backups, self.params, strict=True)
-        ):
+        rows = self._build_rows()
+        if rows is None:
+            return None
+        door = DOORS[self.backend]
+        wide = torch.float64 in self._dtypes
+        norm = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=self._device)
+        found_inf = torch.zeros((), dtype=torch.float32, device=self._device)
+        return _FastWay(door, rows, door.table(rows, self._device), norm, found_inf)
+
+    def _fits(self, tensor: Tensor, param: Tensor) -> bool:
+        return tensor.dtype in SUPPORTED and tensor.device == self._device and same_layout(param, tensor)
+
+    def _build_rows(self) -> Tensor | None:
+        """The table, or None where a tensor's memory is not arranged as its parameter's, or somewhere else."""
+        if not all(is_dense(p) and p.device == self._device and p.dtype in SUPPORTED for p in self.params):
+            return None
+        if not all(b.dtype == p.dtype and self._fits(b, p) for b, p in zip(self.backups, self.params, strict=True)):
             return None
         for column in filter(None, self.states):
             for tensor, param in zip(column, self.params, strict=True):
-                unused = tensor.numel() == 0  # by this parameter's group; the kernels look at the hyper-parameters first
-                if not unused and (tensor.dtype not in SUPPORTED or not tensor.is_cpu or not same_layout(param, tensor)):
+                # An empty one is unused by this parameter's group; the kernels look at the hyper-parameters first.
+                if tensor.numel() and not self._fits(tensor, param):
                     return None
-        if not all(s.is_cpu and s.numel() == 1 and s.dtype in (torch.float32, torch.float64) for s in self.steps):
+        if not all(
+            s.device == self._device and s.numel() == 1 and s.dtype in (torch.float32, torch.float64) for s in self.steps
+        ):
             return None
         by_role: dict[str, Sequence[Tensor]] = {"weight": self.params, "backup": self.backups, "step": self.steps}
         by_role |= {f"state{index}": state for index, state in enumerate(self.states)}
-        rows = []
-        for index, param in enumerate(self.params):
-            dtypes, addresses = CODES[param.dtype] << (8 * _ROLES.index("grad")), [0] * len(_ROLES)
-            for role, tensors in by_role.items():
-                if tensors:
-                    dtypes |= CODES[tensors[index].dtype] << (8 * _ROLES.index(role))
-                    addresses[_ROLES.index(role)] = tensors[index].data_ptr()
-            group = self.groups[index] if self.groups else 0
-            scaling = self.scaling[index] if self.scaling else 0
-            first = self.first[index] if self.first else 0
-            rows.append([param.numel(), group, scaling, first, dtypes, *addresses])
-        return torch.tensor(rows, dtype=torch.int64, device="cpu")
+        return build_rows(
+            by_role, self._numels, groups=self.groups, scaling=self.scaling, first=self.first, grad_dtypes=self._dtypes
+        )
 
     def is_current(self) -> bool:
         """Whether every address looked up at construction is still the tensor's, with the same memory behind it."""
@@ -172,17 +185,17 @@ class TensorSet:
             TypeError: a gradient is sparse, quantised, or of an unsupported dtype.
             ValueError: a gradient is on another device, or of another shape, than its parameter.
         """
-        fits = self._rows is not None and not _seen_by_torch_only()
+        fits = self._fast is not None and not _seen_by_torch_only()
         if fits and (self._grads_were.matches(grads) or self._fit_the_rows(grads)):
             addresses = array("q", map(_data_ptr, grads))
             # Null is an empty tensor's address, or that of a gradient without memory (zero by definition, or freed).
             if 0 not in addresses or not any(n for n, address in zip(self._numels, addresses, strict=True) if not address):
                 return Gradients(grads, torch.frombuffer(addresses, dtype=torch.int64), True)
-        if self._rows is not None or not self._grads_were.matches(grads):
+        if self._fast is not None or not self._grads_were.matches(grads):
             self._check_each(grads)
-            if self._rows is None:
+            if self._fast is None:
                 self._grads_were.take(grads)
-        return Gradients(grads, None, self._rows is None)
+        return Gradients(grads, None, self._fast is None)
 
     def _fit_the_rows(self, grads: Sequence[Tensor]) -> bool:
         """Whether reading numel elements of the parameter's dtype from each gradient's address is right."""
@@ -190,7 +203,7 @@ class TensorSet:
             _GRAD_TYPE.issuperset(map(type, grads))
             and len(grads) == len(self.params)
             and list(map(_dtype_of, grads)) == self._dtypes
-            and all(g.is_cpu and g.layout == torch.strided and not g.is_neg() for g in grads)
+            and all(g.device == self._device and g.layout == torch.strided and not g.is_neg() for g in grads)
             and all(map(same_layout, self.params, grads))
         )
         if fit:
@@ -223,20 +236,22 @@ class TensorSet:
 
     def grad_norm(self, grads: Gradients, inv_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``functional.grad_norm``. The result tensors are reused by the next call."""
-        if grads.addresses is None:
+        fast = self._fast
+        if grads.addresses is None or fast is None:
             lists = {"grads": grads.tensors, **({"params": self.params} if any(self.scaling) else {})}
             arguments = {"scaling": self.scaling, "inv_scale": inv_scale}
             result: tuple[Tensor, Tensor] = self._through_lists("grad_norm", grads, lists, arguments)
             return result
-        torch.ops.sam_fused.prepared_grad_norm_(self._rows, grads.addresses, self._norm, self._found_inf, inv_scale)
-        return self._norm, self._found_inf
+        fast.door.grad_norm_(fast.rows, grads.addresses, fast.norm, fast.found_inf, inv_scale, fast.table)
+        return fast.norm, fast.found_inf
 
     def perturb_(self, grads: Gradients, norm: Tensor, hyper: Tensor, inv_scale: Tensor | None = None) -> None:
         """``functional.perturb_``; afterwards ``perturbed`` is 1. If anything is thrown the weights are clean or ``w + e`` and
         ``perturbed`` says which."""
-        if grads.addresses is not None:
+        fast = self._fast
+        if grads.addresses is not None and fast is not None:
             increment_version(self.params)  # before: the checks have just brought these objects into the cache
-            torch.ops.sam_fused.prepared_perturb_(self._rows, grads.addresses, norm, hyper, self.perturbed, False, inv_scale)
+            fast.door.perturb_(fast.rows, grads.addresses, norm, hyper, self.perturbed, False, inv_scale, fast.table)
             return
         arguments = {
             "norm": norm,
@@ -271,9 +286,10 @@ class TensorSet:
 
     def restore_(self) -> None:
         """``functional.restore_``; afterwards ``perturbed`` is 0."""
-        if self._rows is not None and not _seen_by_torch_only() and self.is_current():
+        fast = self._fast
+        if fast is not None and not _seen_by_torch_only() and self.is_current():
             increment_version(self.params)
-            torch.ops.sam_fused.prepared_restore_(self._rows, self.perturbed)
+            fast.door.restore_(fast.rows, self.perturbed, fast.table)
             return
         functional.restore_(self.params, self.backups, backend=self.backend)
         self.perturbed.fill_(0)
@@ -286,35 +302,62 @@ class TensorSet:
                 param.copy_(backup)
         self.perturbed.fill_(0)
 
-    def restore_sgd_(self, grads: Gradients, hyper: Tensor, **scalars: Tensor | None) -> None:
+    def restore_sgd_(
+        self,
+        grads: Gradients,
+        hyper: Tensor,
+        inv_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        clip: Tensor | None = None,
+    ) -> None:
         """``functional.restore_sgd_`` with the set's momentum buffers."""
-        if grads.addresses is None:
+        fast = self._fast
+        if grads.addresses is None or fast is None:
             lists = self._lists(grads, momentum_buffers=self.states[0] if self.states else [])
-            arguments = {"hyper": hyper, "groups": self.groups, "first": self.first, **scalars}
-            self._through_lists("restore_sgd_", grads, lists, arguments)
+            arguments = {"hyper": hyper, "groups": self.groups, "first": self.first}
+            scalars = {"inv_scale": inv_scale, "found_inf": found_inf, "clip": clip}
+            self._through_lists("restore_sgd_", grads, lists, {**arguments, **scalars})
             self.perturbed.fill_(0)
         else:
             increment_version(self._fixed)
-            torch.ops.sam_fused.prepared_restore_sgd_(self._rows, grads.addresses, hyper, self.perturbed, **scalars)
-        self._momentum_exists(scalars.get("found_inf"))
+            scalars_in_order = (inv_scale, found_inf, clip)
+            fast.door.restore_sgd_(fast.rows, grads.addresses, hyper, self.perturbed, *scalars_in_order, fast.table)
+        if any(self.first):
+            self._momentum_exists(found_inf, by_the_table=grads.addresses is not None)
 
-    def _momentum_exists(self, found_inf: Tensor | None) -> None:
-        if not any(self.first) or (found_inf is not None and bool(found_inf)):  # waits for a device, in a first step alone
+    def _momentum_exists(self, found_inf: Tensor | None, by_the_table: bool) -> None:
+        """The buffers were created, unless the step was skipped."""
+        if found_inf is not None and found_inf.is_cpu and bool(found_inf):
             return
         self.first = [0] * len(self.params)
-        if self._rows is not None:
-            self._rows[:, _FIRST_COLUMN] = 0
+        if self._fast is None or (found_inf is not None and not found_inf.is_cpu and by_the_table):
+            # Whether a device skipped the step is not asked: its table keeps ``first`` until a step is taken. (Should such a set
+            # go through lists later, its buffer of zeros is taken for one that was created; only dampening could tell.)
+            return
+        self._fast.rows[:, FIRST] = 0
+        if not by_the_table:
+            self._fast.table = self._fast.door.table(self._fast.rows, self._device)
 
-    def restore_adamw_(self, grads: Gradients, hyper: Tensor, **scalars: Tensor | None) -> None:
+    def restore_adamw_(
+        self,
+        grads: Gradients,
+        hyper: Tensor,
+        inv_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        clip: Tensor | None = None,
+    ) -> None:
         """``functional.restore_adamw_`` with the set's moments and step counts."""
-        if grads.addresses is None:
+        fast = self._fast
+        if grads.addresses is None or fast is None:
             names = ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
             lists = self._lists(grads, **dict(zip(names, self.states, strict=True)), steps=self.steps)
+            scalars = {"inv_scale": inv_scale, "found_inf": found_inf, "clip": clip}
             self._through_lists("restore_adamw_", grads, lists, {"hyper": hyper, "groups": self.groups, **scalars})
             self.perturbed.fill_(0)
             return
         increment_version(self._fixed)
-        torch.ops.sam_fused.prepared_restore_adamw_(self._rows, grads.addresses, hyper, self.perturbed, **scalars)
+        scalars_in_order = (inv_scale, found_inf, clip)
+        fast.door.restore_adamw_(fast.rows, grads.addresses, hyper, self.perturbed, *scalars_in_order, fast.table)
 
 
 class HyperTable:

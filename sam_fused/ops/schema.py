@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("reference", "foreach", "native")
+BACKENDS = ("reference", "foreach", "native", "triton")
 
 PERTURB_COLUMNS = ("rho", "perturb_eps")
 SGD_COLUMNS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
@@ -107,18 +107,22 @@ OPS: dict[str, Op] = {
     )
 }
 
-# The second door, native only: rows and gradient addresses instead of lists. Never traced, so no fake kernels.
+# The second door, native only: rows and gradient addresses instead of lists. Never traced, so no fake kernels. On a device,
+# `table` is what device_table made of the rows.
 _PREPARED_LAST_PASS = (
     "(Tensor rows, Tensor grads, Tensor hyper, Tensor(a!) perturbed, Tensor? inv_scale=None, Tensor? found_inf=None, "
-    "Tensor? clip=None) -> ()"
+    "Tensor? clip=None, Tensor? table=None) -> ()"
 )
 PREPARED: dict[str, str] = {
-    "prepared_grad_norm_": "(Tensor rows, Tensor grads, Tensor(a!) norm, Tensor(b!) found_inf, Tensor? inv_scale=None) -> ()",
+    "prepared_grad_norm_": "(Tensor rows, Tensor grads, Tensor(a!) norm, Tensor(b!) found_inf, Tensor? inv_scale=None, "
+    "Tensor? table=None) -> ()",
     "prepared_perturb_": "(Tensor rows, Tensor grads, Tensor norm, Tensor hyper, Tensor(a!) perturbed, "
-    "bool backup_exists=False, Tensor? inv_scale=None) -> ()",
-    "prepared_restore_": "(Tensor rows, Tensor(a!) perturbed) -> ()",
+    "bool backup_exists=False, Tensor? inv_scale=None, Tensor? table=None) -> ()",
+    "prepared_restore_": "(Tensor rows, Tensor(a!) perturbed, Tensor? table=None) -> ()",
     "prepared_restore_sgd_": _PREPARED_LAST_PASS,
     "prepared_restore_adamw_": _PREPARED_LAST_PASS,
+    "device_table": "(Tensor rows, Tensor like) -> Tensor",
+    "cuda_architectures": "() -> str",
     "cpu_capability": "() -> int",
     "row_words": "() -> int",
 }

@@ -78,15 +78,23 @@ def fused_base(base: Optimizer) -> FusedBase | None:
     if "step" in base.__dict__ and not _is_scheduler_wrapper(base):
         return None
     for group in base.param_groups:
-        if group.get("differentiable") or group.get("capturable"):
+        if group.get("differentiable") or (group.get("capturable") and not _on_cuda(group)):
             return None
     return family
+
+
+def _on_cuda(group: dict[str, Any]) -> bool:
+    """Whether ``capturable`` changes nothing: our kernels always are. A learning rate on the device only torch's own read."""
+    lr_is_there = isinstance(group["lr"], Tensor) and not group["lr"].is_cpu
+    return not lr_is_there and all(param.is_cuda for param in group["params"])
 
 
 class FusedState:
     """The base optimizer's state of some parameters, as the lists that the op layer takes.
 
     What is missing is created here, entered into ``base.state`` by ``commit``, and taken out again if the step does not happen.
+    Step counts live on their parameter's device, as with torch's own ``fused=True``: there the kernel can read them, and leave
+    them alone when the device finds that a step is to be skipped.
     """
 
     def __init__(self, family: FusedBase, base: Optimizer, params: list[Tensor], groups: list[dict[str, Any]]) -> None:
@@ -98,6 +106,7 @@ class FusedState:
         self.columns: list[list[Tensor]] = [[] for _ in family.all_state_keys]
         self.steps: list[Tensor] = []
         self._missing: list[tuple[Tensor, str, Tensor]] = []
+        self._moved: list[tuple[Tensor, Tensor, Tensor]] = []  # step counts: the parameter's, there, and as it was
         self._seen: tuple[Any, list[Any]] | None = None
         self._watched: list[Any] = []
         unused = torch.empty(0, dtype=torch.float32, device="cpu")
@@ -118,8 +127,12 @@ class FusedState:
             if family.has_step_count:
                 step = state.get("step")
                 if step is None:
-                    step = torch.tensor(0.0, dtype=torch.float64 if _wide_default() else torch.float32, device="cpu")
+                    wide = _wide_default() and param.is_cpu
+                    step = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=param.device)
                     self._missing.append((param, "step", step))
+                elif step.device != param.device:
+                    here, step = step, step.to(param.device)
+                    self._moved.append((param, step, here))
                 self.steps.append(step)
         # A column that no group uses is passed as an empty list.
         self.columns = [c if any(t is not unused for t in c) else [] for c in self.columns]
@@ -128,16 +141,21 @@ class FusedState:
         """Enters what was missing into the base optimizer's state."""
         for param, key, value in self._missing:
             self._base.state[param][key] = value
+        for param, there, _ in self._moved:
+            self._base.state[param]["step"] = there
 
     def withdraw(self) -> None:
         """Takes it out again: the step was not taken."""
         for param, key, _ in self._missing:
             if self._base.state[param].pop(key, None) is not None and not self._base.state[param]:
                 del self._base.state[param]
+        for param, _, here in self._moved:
+            self._base.state[param]["step"] = here
 
     def settle(self) -> None:
         """The step was taken."""
         self._missing.clear()
+        self._moved.clear()
         if not self._seen:
             self._remember()
 

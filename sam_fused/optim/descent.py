@@ -6,10 +6,11 @@ from itertools import repeat
 from operator import is_, is_not
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sam_fused.ops import functional
+from sam_fused.ops import backends, functional
 from sam_fused.ops.prepared import HyperTable, TensorSet
 
 from .ascent import Ascent, Part, partition
@@ -38,6 +39,7 @@ class Descent:
         self._key: Any = None
         self._parts: list[FusedPart] = []
         self._left_over: list[Part] = []
+        self._fused = False
         self.stepped = False
         self._params: list[Tensor] = []
 
@@ -64,7 +66,8 @@ class Descent:
             return
         hyper = self._hyper.update([family.hyper(group) for group in base.param_groups])
         checked = [entry.part.tensors.checked(entry.part.pick(grads)) for entry in self._parts]
-        scalars = _scalars(grad_scale, found_inf)
+        inverse = None if grad_scale is None else functional.inverse_scale(grad_scale)
+        skip = found_inf if isinstance(found_inf, Tensor) else None
         ascending = [part for part in ascent.parts if part.tensors.is_perturbed]
         for part in self._left_over:
             part.tensors.restore_()
@@ -74,7 +77,8 @@ class Descent:
             for entry in self._parts:
                 entry.state.commit()
             for entry, chosen in zip(self._parts, checked, strict=True):
-                family.run(entry.part.tensors, chosen, hyper, **scalars)
+                device = entry.part.tensors.params[0].device
+                family.run(entry.part.tensors, chosen, hyper, inv_scale=_on(device, inverse), found_inf=_on(device, skip))
             self.stepped = True
         except BaseException:
             self._key = None
@@ -104,11 +108,14 @@ class Descent:
         key = (perturbed, layout, None if complete else tuple(grad is None for grad in grads))
         same_params = len(params) == len(self._params) and all(map(is_, params, self._params))
         if base is self._base and key == self._key and same_params and all(entry.is_current() for entry in self._parts):
-            return True
+            return self._fused
         self._params, self._base, self._key = list(params), base, None
-        if not all(param.is_cpu for param in params):
+        places = partition(params, grads_present(grads), self._control.backend)
+        self._fused = all(device.type == "cpu" or backends.is_compiled(backend) for device, backend in places)
+        if not self._fused:
+            self._parts, self._key = [], key
             return False
-        self._parts = list(self._build(family, base, ascent, params, grads))
+        self._parts = self._build(family, base, ascent, params, places)
         # Perturbed, but without a gradient in the second pass: nothing steps these, so they are restored by themselves.
         stepping = {id(param) for entry in self._parts for param in entry.part.tensors.params}
         ascending = [part for part in ascent.parts if part.tensors.is_perturbed]
@@ -117,7 +124,12 @@ class Descent:
         return True
 
     def _build(
-        self, family: FusedBase, base: Optimizer, ascent: Ascent, params: list[Tensor], grads: list[Tensor | None]
+        self,
+        family: FusedBase,
+        base: Optimizer,
+        ascent: Ascent,
+        params: list[Tensor],
+        places: dict[tuple[torch.device, str], list[int]],
     ) -> list[FusedPart]:
         group_of: list[int] = []
         for number, group in enumerate(base.param_groups):
@@ -131,7 +143,7 @@ class Descent:
                     backups[id(param)] = backup
                     cells[id(param)] = part.tensors.perturbed
         entries = []
-        for (_, backend), chosen in partition(params, grads_present(grads), self._control.backend).items():
+        for (_, backend), chosen in places.items():
             members = [params[i] for i in chosen]
             state = FusedState(family, base, members, [base.param_groups[group_of[i]] for i in chosen])
             owners = {id(cell): cell for cell in map(cells.get, map(id, members)) if cell is not None}
@@ -188,6 +200,6 @@ def grads_present(grads: list[Tensor | None]) -> list[int]:
     return [index for index, grad in enumerate(grads) if grad is not None]
 
 
-def _scalars(grad_scale: Tensor | None, found_inf: Any) -> dict[str, Tensor | None]:
-    inverse = None if grad_scale is None else functional.inverse_scale(grad_scale)
-    return {"inv_scale": inverse, "found_inf": found_inf if isinstance(found_inf, Tensor) else None, "clip": None}
+def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
+    """The scalar on that device; a copy between two of them waits for neither."""
+    return scalar if scalar is None or scalar.device == device else scalar.to(device, non_blocking=True)

@@ -37,9 +37,6 @@ FP16 = Storage("fp16", torch.float16, 11, -24, 1e-6)
 STORAGES = (FP32, FP64, BF16, FP16)
 STORAGE_OF = {storage.dtype: storage for storage in STORAGES}
 
-# The doors and backends that every case goes through: "prepared" is the native backend behind a TensorSet.
-RUNNERS = ("reference", "foreach", "native", "prepared")
-
 
 def intermediate(runner: str, storage: Storage) -> tuple[Storage, float]:
     """The precision that ``runner`` keeps between two operations on one element, and how many units each may be off by.

@@ -9,22 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from sam_fused.ops import native
+from sam_fused.ops.backends import available_backends
+from tests.devices import default
 
 
 def skip_if_missing(runner: str) -> None:
-    reason = native.status().reason
-    if runner in ("native", "prepared") and reason is not None:
-        pytest.skip(f"no native library: {reason}")
+    backend = {"prepared": "native"}.get(runner, runner.removeprefix("prepared-"))
+    reason = available_backends(default())[backend]
+    if reason is not None:
+        pytest.skip(f"no {backend} backend: {reason}")
 
 
-@pytest.fixture(params=["reference", "foreach", "native", "prepared"])
+@pytest.fixture
 def runner(request):
     skip_if_missing(request.param)
     return request.param
 
 
-@pytest.fixture(params=["reference", "foreach", "native"])
+@pytest.fixture
 def backend(request):
     skip_if_missing(request.param)
     return request.param
@@ -46,8 +48,9 @@ def in_a_process_of_its_own():
     """Runs code where a crash is a failed test and not the end of all tests, and where the environment can be chosen."""
 
     def run(code: str, **environment: str) -> str:
+        there = "" if default().type == "cpu" else f"import torch; torch.set_default_device('{default()}')\n"
         done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code)],
+            [sys.executable, "-c", there + textwrap.dedent(code)],
             cwd=Path(__file__).parents[2],
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             capture_output=True,

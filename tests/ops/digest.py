@@ -24,7 +24,7 @@ def digest(case: Case, lists: Lists, result: tuple[torch.Tensor, ...] | None) ->
     written = [t for role in TAKES[case.op] for t in lists.of(role)]
     for tensor in (*written, *lists.steps, *(result or ())):
         flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
-        found.update(flat.view(torch.uint8).numpy().tobytes())
+        found.update(flat.view(torch.uint8).cpu().numpy().tobytes())
     return found.hexdigest()[:16]
 
 

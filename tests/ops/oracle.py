@@ -18,7 +18,7 @@ Array = np.ndarray
 
 
 def exact(tensor: Tensor) -> Array:
-    return np.asarray(tensor.detach().double().contiguous().numpy()).astype(np.longdouble)
+    return np.asarray(tensor.detach().double().contiguous().cpu().numpy()).astype(np.longdouble)
 
 
 def unit(values: Array, storage: Storage) -> Array:

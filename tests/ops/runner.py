@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sam_fused import ops
 from sam_fused.ops.prepared import TensorSet
+from tests.devices import randn
 
 from .cases import LAYOUTS, SENTINEL, Case, Entry
 
@@ -19,7 +20,8 @@ ROLES = ("params", "backups", "grads", "momentum_buffers", "exp_avgs", "exp_avg_
 
 
 def table(rows: Sequence[Sequence[float]]) -> Tensor:
-    return torch.tensor([list(row) for row in rows], dtype=torch.float64)
+    """Hyper-parameters, on the CPU whatever the tensors' device: only there can an operation look into them first."""
+    return torch.tensor([list(row) for row in rows], dtype=torch.float64, device="cpu")
 
 
 def deal(values: Sequence[float], count: int) -> list:
@@ -66,7 +68,7 @@ class Lists:
 
 def _values(role: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Values in the range where the halves lose precision and nothing else."""
-    normal = torch.randn(shape, generator=generator, dtype=torch.float64)
+    normal = randn(shape, generator, torch.float64)
     if role in ("exp_avg_sqs", "max_exp_avg_sqs"):
         return normal.abs() * 0.5 + 0.25
     if role == "grads" and normal.numel() > 3:
@@ -157,8 +159,8 @@ def uses_amsgrad(case: Case) -> bool:
 def run(case: Case, runner: str, lists: Lists) -> tuple[Tensor, Tensor] | None:
     """Calls the operation of ``case`` through ``runner``. Returns what ``grad_norm`` returns."""
     call = Call.of(case, len(lists.params))
-    if runner == "prepared":
-        return run_prepared(case, call, lists)
+    if runner.startswith("prepared"):
+        return run_prepared(case, call, lists, runner.removeprefix("prepared").removeprefix("-") or "native")
     backend, p, b, g = {"backend": runner}, lists.params, lists.backups, lists.grads
     if case.op == "grad_norm":
         return ops.grad_norm(g, p if any(call.scaling) else (), call.scaling, **call.scalars, **backend)

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from sam_fused import ops
-from sam_fused.ops import backends, native, schema
+from sam_fused.ops import backends, fitting, native, schema, triton
 
-CPU, META = torch.device("cpu"), torch.device("meta")
+# The devices asked about are named; where tensors are needed as well they are on the CPU.
+pytestmark = pytest.mark.cpu_only
+
+CPU, META, CUDA = torch.device("cpu"), torch.device("meta"), torch.device("cuda", 0)
 VARIABLE = "SAM_FUSED_BACKEND"
 REASON = "no compiler was found; install one, then build again"
 
@@ -38,7 +41,78 @@ def test_automatic(with_native):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert backends.choose(CPU) == "native"
-        assert backends.choose(torch.device("cuda", 0)) == backends.choose(torch.device("mps")) == "foreach"
+        assert backends.choose(torch.device("mps")) == "foreach"
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A machine with one CUDA card, as far as the choice of a backend is concerned; what serves it is the test's to say."""
+    why_not = {"native": None, "triton": None}
+    capability = {"card": (9, 0)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability["card"])
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(triton, "reason_not", lambda device: why_not["triton"])
+    monkeypatch.setattr(
+        native,
+        "cuda_status",
+        lambda: native.CudaStatus(why_not["native"] is None, why_not["native"], ("8.0", "9.0", "10.0+PTX")),
+    )
+    monkeypatch.setattr(backends, "COMPILED", {"native": native.reason_not, "triton": triton.reason_not})
+    return why_not, capability
+
+
+def test_a_card_takes_native_then_triton_then_foreach(card):
+    why_not, _ = card
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose(CUDA) == "native"
+        why_not["native"] = "nvcc was not found; install it"
+        assert backends.choose(CUDA) == "triton"  # the same kernels: nothing to be said
+    why_not["triton"] = "Triton is not installed; pip install triton"
+    with pytest.warns(RuntimeWarning) as said:
+        assert backends.choose(CUDA) == backends.choose(CUDA) == "foreach"
+    (message,) = [str(warning.message) for warning in said]
+    assert "'foreach' backend on cuda" in message and "nvcc was not found" in message and "pip install triton" in message
+
+
+def test_a_card_that_the_library_does_not_cover_takes_triton_with_one_warning(card):
+    _, capability = card
+    capability["card"] = (7, 5)
+    with pytest.warns(RuntimeWarning) as said:
+        assert backends.choose(CUDA) == backends.choose(CUDA) == "triton"
+    (message,) = [str(warning.message) for warning in said]
+    assert "Triton" in message and "8.0 9.0 10.0+PTX" in message and "TORCH_CUDA_ARCH_LIST=7.5" in message
+    with pytest.raises(
+        RuntimeError, match=r"'native' cannot serve cuda:0: .*built for 8\.0 9\.0 10\.0\+PTX and cuda:0 is 7\.5"
+    ):
+        backends.choose(CUDA, "native")
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "covered"),
+    [
+        ("8.0", (8, 0), True),
+        ("8.0", (8, 6), True),  # machine code runs on later minor versions of its major one
+        ("8.6", (8, 0), False),
+        ("8.0", (9, 0), False),
+        ("8.0+PTX", (9, 0), True),
+        ("8.0+PTX", (12, 1), True),
+        ("9.0+PTX", (8, 9), False),
+        ("9.0a", (9, 0), True),
+        ("10.0a", (10, 3), False),  # that card's own instructions
+        ("10.0f", (10, 3), True),  # the family's
+        ("9.0a+PTX", (10, 0), False),
+        ("8.0 9.0 10.0 12.0+PTX", (7, 5), False),
+        ("8.0 9.0 10.0 12.0+PTX", (10, 3), True),
+        ("8.0 9.0 10.0 12.0+PTX", (11, 0), False),
+        ("8.0 9.0 10.0 12.0+PTX", (13, 0), True),
+        ("", (9, 0), False),
+    ],
+)
+def test_which_cards_are_covered(architectures, capability, covered):
+    assert native.covers(tuple(architectures.split(" ")), capability) is covered
 
 
 def test_missing_native_is_said_once_with_the_reason(without_native):
@@ -84,7 +158,7 @@ def test_forced_by_argument_and_by_variable(name, with_native, monkeypatch):
 @pytest.mark.parametrize("name", ["reference", "foreach", "native"])
 def test_the_operations_use_what_is_forced(name, with_native, monkeypatch):
     used = []
-    monkeypatch.setattr(native, "call", lambda *args: used.append("native"))
+    monkeypatch.setattr(fitting, "call", lambda op, backend, *rest: used.append(backend))
     for backend, kernels in ops.functional._PYTHON.items():
         monkeypatch.setitem(kernels, "restore_", lambda backend=backend, **kwargs: used.append(backend))
     monkeypatch.setenv(VARIABLE, name)
@@ -96,7 +170,7 @@ def test_the_operations_use_what_is_forced(name, with_native, monkeypatch):
 def test_unknown(by_variable, monkeypatch):
     if by_variable:
         monkeypatch.setenv(VARIABLE, "turbo")
-    with pytest.raises(ValueError, match=r"expected one of reference, foreach, native, got 'turbo'.*SAM_FUSED_BACKEND"):
+    with pytest.raises(ValueError, match=r"expected one of reference, foreach, native, triton, got 'turbo'.*SAM_FUSED_BACKEND"):
         backends.choose(CPU, None if by_variable else "turbo")
 
 
@@ -122,20 +196,25 @@ def test_forced_but_cannot_serve(without_native, monkeypatch):
 def test_available(with_native):
     found = backends.available_backends("meta")
     assert list(found) == list(schema.BACKENDS) and found["foreach"] is None
-    assert "meta" in found["native"] and "meta" in found["reference"]
-    assert backends.available_backends(CPU) == {"reference": None, "foreach": None, "native": None}
+    assert all("meta" in found[name] for name in ("native", "reference", "triton"))
+    on_cpu = backends.available_backends(CPU)
+    assert on_cpu.pop("triton") is not None
+    assert on_cpu == {"reference": None, "foreach": None, "native": None}
 
 
-def test_report(with_native, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+def test_report(with_native, card, monkeypatch):
+    why_not, _ = card
     rows = backends.report()
-    assert [row["device"] for row in rows] == ["cpu", "cuda:0", "cuda:1"]
-    assert [row["backend"] for row in rows] == ["native", "foreach", "foreach"]
-    assert all(row["reason"] for row in rows) and "cuda" in rows[1]["reason"]
+    assert [row["device"] for row in rows] == ["cpu", "cuda:0"]
+    assert [row["backend"] for row in rows] == ["native", "native"]
+    why_not["native"] = "nvcc was not found; install it"
+    assert backends.report()[1] == {"device": "cuda:0", "backend": "triton", "reason": "nvcc was not found; install it"}
+    why_not["triton"] = "Triton is not installed"
+    row = backends.report()[1]
+    assert row["backend"] == "foreach" and "nvcc was not found" in row["reason"] and "Triton is not installed" in row["reason"]
     monkeypatch.setenv(VARIABLE, "native")
     rows = backends.report()
-    assert [row["backend"] for row in rows] == ["native", "none", "none"]
+    assert [row["backend"] for row in rows] == ["native", "none"]
     assert VARIABLE in rows[0]["reason"] and "cannot serve" in rows[1]["reason"]
 
 
@@ -181,13 +260,11 @@ def test_status_of_a_library_that_cannot_be_loaded(in_a_process_of_its_own):
 
 
 def test_status_of_a_library_of_other_sources(needs_native, monkeypatch):
-    from sam_fused.ops import prepared
-
     native.status.cache_clear()
-    monkeypatch.setattr(prepared, "ROW_WORDS", prepared.ROW_WORDS + 1)
+    monkeypatch.setattr(native, "ROW_WORDS", native.ROW_WORDS + 1)
     try:
         status = native.status()
-        assert not status.loaded and "rebuild" in status.reason and str(prepared.ROW_WORDS) in status.reason
+        assert not status.loaded and "rebuild" in status.reason and str(native.ROW_WORDS) in status.reason
     finally:
         native.status.cache_clear()
     monkeypatch.undo()

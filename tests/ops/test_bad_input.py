@@ -5,8 +5,10 @@ import torch
 
 from sam_fused import ops
 from sam_fused.ops import schema
+from tests.devices import default
 from tests.ops.runner import table
 
+HERE = str(default())
 PERTURB, SGD = [0.05, 1e-12], [0.1, 0.9, 0.0, 0.0, 0.0, 0.0]
 ADAM = [0.01, 0.9, 0.999, 1e-8, 0.0, 0.0, 0.0, 0.0]
 
@@ -99,14 +101,14 @@ def test_lists_that_do_not_match(op, name, backend):
     refused(op, {**arguments, name: arguments[name][:1]}, ValueError, name, "expected 2", "got 1", backend=backend)
     refused(op, second(arguments, name, torch.ones(4)), ValueError, f"{name}[1]", "(2, 2)", "(4,)", backend=backend)
     refused(
-        op, second(arguments, name, torch.ones(2, 2, device="meta")), ValueError, f"{name}[1]", "cpu", "meta", backend=backend
+        op, second(arguments, name, torch.ones(2, 2, device="meta")), ValueError, f"{name}[1]", HERE, "meta", backend=backend
     )
 
 
 @pytest.mark.parametrize("op", ["perturb_", "restore_", "restore_sgd_", "restore_adamw_"])
 def test_parameters_on_two_devices(op, backend):
     arguments = second(good(op), "params", torch.ones(2, 2, device="meta"))
-    refused(op, arguments, ValueError, "params[1]", "cpu", "meta", "one call per device", backend=backend)
+    refused(op, arguments, ValueError, "params[1]", HERE, "meta", "one call per device", backend=backend)
 
 
 @pytest.mark.parametrize("op", ["perturb_", "restore_", "restore_sgd_", "restore_adamw_"])
@@ -174,7 +176,7 @@ def test_a_scalar_on_another_device(op, backend):
     for name in (*SCALARS[op], "hyper"):
         if name != "hyper" or "hyper" in good(op):
             elsewhere = (good(op)["hyper"] if name == "hyper" else torch.ones(())).to("meta")
-            refused(op, {**good(op), name: elsewhere}, (TypeError, ValueError), name, "cpu", "meta", backend=backend)
+            refused(op, {**good(op), name: elsewhere}, (TypeError, ValueError), name, HERE, "meta", backend=backend)
 
 
 def test_steps(backend):
@@ -241,8 +243,8 @@ def test_the_registered_native_ops_check_what_could_corrupt_memory(in_a_process_
     in_a_process_of_its_own(
         """
         import torch
-        from sam_fused.ops import native, schema
-        assert native.status().loaded
+        from sam_fused.ops import backends, schema
+        assert backends.choose(torch.get_default_device(), "native") == "native"
 
         def op(name):
             return schema.overload(name, "native")
@@ -251,7 +253,7 @@ def test_the_registered_native_ops_check_what_could_corrupt_memory(in_a_process_
             return torch.ones(size)
 
         def hyper(*row):
-            return torch.tensor([row], dtype=torch.float64)
+            return torch.tensor([row], dtype=torch.float64, device="cpu")
 
         one, ascent, momentum = torch.ones(()), hyper(0.1, 0.0), hyper(0.1, 0.9, 0, 0, 0, 0)
         calls = {

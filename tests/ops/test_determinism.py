@@ -12,6 +12,7 @@ from tests.ops.cases import FP32, WIDEST, Entry
 from tests.ops.runner import TAKES, Lists, make_lists, run
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("runner", ["native", "prepared"])
 def test_any_number_of_threads(runner, needs_native):
     found = []
@@ -65,6 +66,7 @@ def digests_of_capabilities():
     return {}
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("capability", native.CAPABILITIES)
 def test_every_compilation(capability, digests_of_capabilities, in_a_process_of_its_own, needs_native):
     code = "import runpy, sys; sys.argv = ['digest', '2']; runpy.run_module('tests.ops.digest', run_name='__main__')"
@@ -77,6 +79,7 @@ def test_every_compilation(capability, digests_of_capabilities, in_a_process_of_
     assert dict(line.rsplit(" ", 1) for line in lines) == here
 
 
+@pytest.mark.cpu_only
 def test_an_unknown_capability_falls_back(in_a_process_of_its_own, needs_native):
     code = "from sam_fused.ops import native; print(native.status().capability)"
     assert in_a_process_of_its_own(code, SAM_FUSED_CPU_CAPABILITY="neon9").strip() == "default"

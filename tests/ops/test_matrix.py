@@ -59,7 +59,7 @@ def _joined(case: Case, lists: Lists, indices: list[int]) -> Lists:
     return joined
 
 
-def _check(case: Case, runner: str, lists: Lists) -> None:
+def check(case: Case, runner: str, lists: Lists) -> None:
     before, addresses = lists.copies(), lists.addresses()
     run(case, runner, lists)
     assert lists.addresses() == addresses
@@ -81,7 +81,7 @@ def _check(case: Case, runner: str, lists: Lists) -> None:
     assert lists.gaps_are_untouched()
 
 
-def _check_norm(case: Case, runner: str, lists) -> None:
+def check_norm(case: Case, runner: str, lists) -> None:
     before = lists.copies()
     norm, found_inf = run(case, runner, lists)
     storages = [STORAGE_OF[g.dtype] for g in lists.grads]
@@ -97,9 +97,9 @@ def _check_norm(case: Case, runner: str, lists) -> None:
     assert lists.gaps_are_untouched()
 
 
-def _case_for(runner: str, case: Case) -> Case:
+def case_for(runner: str, case: Case) -> Case:
     """A TensorSet writes its own backups; that they exist already is said per call of the list operation."""
-    if runner == "prepared" and case.backup_exists:
+    if runner.startswith("prepared") and case.backup_exists:
         pytest.skip("the prepared door has no backup_exists")
     return case
 
@@ -108,7 +108,7 @@ def _case_for(runner: str, case: Case) -> Case:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matrix(case, storage, runner):
     lists = make_lists(cases.ENTRIES, [storage.dtype], case)
-    (_check_norm if case.op == "grad_norm" else _check)(_case_for(runner, case), runner, lists)
+    (check_norm if case.op == "grad_norm" else check)(case_for(runner, case), runner, lists)
 
 
 @pytest.mark.parametrize("case", cases.WIDEST, ids=str)
@@ -116,9 +116,9 @@ def test_large(case, runner):
     """Chunks and threads. The dtypes in turn, forwards and backwards, so that more than one meets each size."""
     torch.set_num_threads(2)
     for dtypes in ([s.dtype for s in STORAGES], [s.dtype for s in reversed(STORAGES)]):
-        lists = make_lists(cases.LARGE, dtypes, _case_for(runner, case), periodic=True)
+        lists = make_lists(cases.LARGE, dtypes, case_for(runner, case), periodic=True)
         if case.op == "grad_norm":
-            _check_norm(case, runner, lists)
+            check_norm(case, runner, lists)
             continue
         run(case, runner, lists)
         for index, param in enumerate(lists.params):
@@ -143,28 +143,28 @@ def test_lists_that_fit_take_the_fast_way(storage, needs_native):
 def test_fitting_lists(case, storage, needs_native):
     """The matrix's lists hold tensors with gaps, which a TensorSet hands to the list operations: these it does not."""
     lists = make_lists(cases.FITTING, [storage.dtype], case, seed=2)
-    (_check_norm if case.op == "grad_norm" else _check)(_case_for("prepared", case), "prepared", lists)
+    (check_norm if case.op == "grad_norm" else check)(case_for("prepared", case), "prepared", lists)
 
 
 @pytest.mark.parametrize("name", ["many_small", "all_empty", "nothing"])
 @pytest.mark.parametrize("storage", STORAGES, ids=lambda s: s.name)
 def test_list_lengths(name, storage, runner):
     for case in cases.WIDEST:
-        if runner == "prepared" and (case.backup_exists or name == "nothing"):
+        if runner.startswith("prepared") and (case.backup_exists or name == "nothing"):
             continue
         lists = make_lists(cases.LISTS[name], [storage.dtype], case)
         if case.op == "grad_norm" and name == "nothing":
             norm, found_inf = run(case, runner, lists)
             assert float(norm) == 0 and float(found_inf) == 0
             continue
-        (_check_norm if case.op == "grad_norm" else _check)(case, runner, lists)
+        (check_norm if case.op == "grad_norm" else check)(case, runner, lists)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_mixed_dtypes_in_a_list(case, runner):
     """A dtype belongs to a tensor and not to its list: the first one's must not be taken for all."""
-    lists = make_lists(cases.ENTRIES[1:9], [s.dtype for s in STORAGES], _case_for(runner, case))
-    (_check_norm if case.op == "grad_norm" else _check)(case, runner, lists)
+    lists = make_lists(cases.ENTRIES[1:9], [s.dtype for s in STORAGES], case_for(runner, case))
+    (check_norm if case.op == "grad_norm" else check)(case, runner, lists)
 
 
 def replace_values(lists: Lists, roles: Sequence[str]) -> Lists:
@@ -186,7 +186,7 @@ def test_mixed_dtypes_of_one_parameter(weight, other, backend):
         for role in roles:
             setattr(lists, role, [t.to(other.dtype) for t in lists.of(role)])
         if weight.dtype == torch.float64 or other.dtype != torch.float64:
-            _check(case, backend, lists)
+            check(case, backend, lists)
             continue
         # fp64 gradients and state beside narrower weights are computed in fp32: their results are held to what fp32 can say.
         before = _joined(case, lists, list(range(len(lists.params))))

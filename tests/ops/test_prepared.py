@@ -8,7 +8,9 @@ import torch
 from sam_fused import ops
 from sam_fused.ops import functional, native
 from sam_fused.ops.dtypes import CODES
-from sam_fused.ops.prepared import ROW_WORDS, HyperTable, TensorSet
+from sam_fused.ops.prepared import HyperTable, TensorSet
+from sam_fused.ops.rows import ROW_WORDS
+from tests.devices import default
 from tests.ops.cases import CASES, FITTING, STORAGES, WIDEST
 from tests.ops.runner import TAKES, Call, Lists, make_lists, prepare, run, table
 
@@ -137,7 +139,7 @@ def test_gradients_without_memory(in_a_process_of_its_own, needs_native):
             return grad
 
         for door in ("native", "prepared"):
-            for grad in (emptied(), torch._efficientzerotensor((4,))):
+            for grad in (emptied(), torch._efficientzerotensor((4,), device=torch.get_default_device())):
                 print(door, flush=True)  # a crash is told by the last line
                 lists = Lists(params=[torch.ones(4)], backups=[torch.zeros(4)], grads=[grad])
                 for case in (Case("norm", "grad_norm"), Case("perturb", "perturb_", ((0.5, 0.0),))):
@@ -152,7 +154,7 @@ def test_gradients_without_memory(in_a_process_of_its_own, needs_native):
 
 REFUSED = {
     "another size": (lambda: torch.ones(5), ValueError, ("(4,)", "(5,)")),
-    "another device": (lambda: torch.ones(4, device="meta"), ValueError, ("cpu", "meta")),
+    "another device": (lambda: torch.ones(4, device="meta"), ValueError, (str(default()), "meta")),
     "sparse": (lambda: torch.ones(4).to_sparse(), TypeError, ("strided", "sparse")),
     "integers": (lambda: torch.ones(4, dtype=torch.int64), TypeError, ("float32", "int64")),
     "complex": (lambda: torch.ones(4, dtype=torch.complex64), TypeError, ("float32", "complex64")),
@@ -228,16 +230,17 @@ def test_state_that_moved_is_noticed(move, needs_native):
         assert not tensors.is_current()
 
 
-@pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_the_default_dtype_and_device_are_nobodys_business(default, backend):
-    torch.set_default_dtype(default)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_the_default_dtype_and_device_are_nobodys_business(dtype, backend):
+    here = default()
+    torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            w, backup, grad = (torch.ones(4, dtype=torch.float32, device="cpu") for _ in range(3))
+            w, backup, grad = (torch.ones(4, dtype=torch.float32, device=here) for _ in range(3))
             tensors = TensorSet([w], [backup], backend=backend)
             hyper = HyperTable().update([[0.5, 0.0]])
             norm, found_inf = tensors.grad_norm(tensors.checked([grad]))
-            assert norm.dtype == found_inf.dtype == torch.float32 and norm.device.type == "cpu"
+            assert norm.dtype == found_inf.dtype == torch.float32 and norm.device == here
             assert float(norm) == 2 and float(found_inf) == 0
             tensors.perturb_(tensors.checked([grad]), norm, hyper)
             assert tensors.is_perturbed and w.tolist() == [1.25] * 4

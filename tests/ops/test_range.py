@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sam_fused import ops
+from tests.devices import here
 from tests.ops.cases import BF16, FP16, FP32, FP64, STORAGES
 from tests.ops.runner import Lists, table
 
@@ -16,12 +17,14 @@ def through(runner, op, lists, *args, **kwargs):
     """``op`` through a door; the prepared one may have to build its set first."""
     from sam_fused.ops.prepared import TensorSet
 
-    if runner != "prepared":
+    if not runner.startswith("prepared"):
         if op == "grad_norm":
             return ops.grad_norm(lists.grads, lists.params if any(kwargs.get("scaling", ())) else (), backend=runner, **kwargs)
         return ops.perturb_(lists.params, lists.backups, lists.grads, *args, backend=runner, **kwargs)
     inv_scale = kwargs.pop("inv_scale", None)
-    tensors = TensorSet(lists.params, lists.backups, backend="native", **kwargs)
+    tensors = TensorSet(
+        lists.params, lists.backups, backend=runner.removeprefix("prepared").removeprefix("-") or "native", **kwargs
+    )
     grads = tensors.checked(lists.grads)
     assert grads.addresses is not None
     if op == "grad_norm":
@@ -106,7 +109,7 @@ def test_ones(runner):
 def test_a_large_tensor_of_random_values(runner):
     """All ones add up exactly in any order; these do not: fp32 sums over one end to the other are off by 2e-3."""
     torch.set_num_threads(2)
-    grad = torch.rand(2**24 + 2, generator=torch.Generator().manual_seed(2))
+    grad = here(torch.rand(2**24 + 2, generator=torch.Generator().manual_seed(2), device="cpu"))
     wanted = math.sqrt(float(torch.dot(grad.double(), grad.double())))
     lists = Lists(params=[grad], backups=[grad], grads=[grad])
     for shape in ((-1,), (3, -1)):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sam_fused import ops
+from tests.devices import randn
 from tests.ops.cases import BF16, FP16, FP32, FP64
 from tests.ops.runner import table
 
@@ -23,8 +24,8 @@ SGD_FORMS = [
 
 def _params_and_grads(dtype):
     generator = torch.Generator().manual_seed(5)
-    params = [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in SIZES]
-    grads = [[torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in SIZES] for _ in range(STEPS)]
+    params = [randn(size, generator, torch.float64).to(dtype) for size in SIZES]
+    grads = [[randn(size, generator, torch.float64).to(dtype) for size in SIZES] for _ in range(STEPS)]
     return params, grads
 
 

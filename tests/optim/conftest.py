@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sam_fused.ops.backends import available_backends
-from tests.optim.helpers import BACKENDS, FORMS
+from tests.optim.helpers import FORMS
 
 
 @pytest.fixture(autouse=True)
@@ -18,9 +18,9 @@ def _same_start(monkeypatch):
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture
 def backend(request):
-    reason = available_backends("cpu")[request.param]
+    reason = available_backends(torch.get_default_device())[request.param]
     if reason is not None:
         pytest.skip(reason)
     return request.param
@@ -28,8 +28,9 @@ def backend(request):
 
 @pytest.fixture
 def fast_backend():
-    """One backend, for what does not depend on it: named, because choosing one may warn that native is missing."""
-    return "native" if available_backends("cpu")["native"] is None else "foreach"
+    """The best backend here, for what does not depend on it: named, because choosing one may warn that native is missing."""
+    served = available_backends(torch.get_default_device())
+    return next(name for name in ("native", "triton", "foreach") if served[name] is None)
 
 
 @pytest.fixture(params=FORMS)

@@ -1,0 +1,187 @@
+// Reading and writing a chunk's elements: 16 bytes at a time where all operands share a dtype and are aligned, element by
+// element where not, and with a conversion per operand where dtypes differ.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/device.h"
+#include "plan.h"
+#include "storage.h"
+
+namespace sam_fused::cuda {
+
+inline constexpr int kAccessBytes = 16;
+
+// An address that came out of a table: said to be of global memory, or every access would first find out which memory it is.
+template <class P>
+__device__ P* global(P* address) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(address));
+#endif
+  return address;
+}
+
+// V stored values that are read or written by one instruction.
+template <class S, int V>
+struct alignas(sizeof(S) * V) Pack {
+  S values[V];
+};
+
+// An operand of one known storage type.
+template <class S>
+struct Typed {
+  static constexpr int kWidth = kAccessBytes / sizeof(S);
+  S* data;
+
+  __device__ static Typed at(void* address, DType) { return {static_cast<S*>(address)}; }
+
+  template <int V>
+  __device__ Pack<S, V> load(int64_t i) const {
+    return *global(reinterpret_cast<const Pack<S, V>*>(data + i));
+  }
+  template <int V>
+  __device__ void store(int64_t i, const Pack<S, V>& pack) const {
+    *global(reinterpret_cast<Pack<S, V>*>(data + i)) = pack;
+  }
+  template <class T, class P>
+  __device__ T get(const P& pack, int v) const {
+    return widened<T>(pack.values[v]);
+  }
+  template <class T, class P>
+  __device__ void set(P& pack, int v, T value) const {
+    pack.values[v] = Narrowed<S>::of(value);
+  }
+};
+
+// An operand whose storage type is known at run time alone; a pack holds the bits of one value.
+struct Any {
+  static constexpr int kWidth = 1;
+  char* data;
+  DType dtype;
+
+  __device__ static Any at(void* address, DType dtype) { return {static_cast<char*>(address), dtype}; }
+
+  template <int V>
+  __device__ Pack<uint64_t, 1> load(int64_t i) const {
+    const char* from = global(data + i * size_of(dtype));
+    switch (dtype) {
+      case DType::kFloat64: return {{*reinterpret_cast<const uint64_t*>(from)}};
+      case DType::kFloat32: return {{*reinterpret_cast<const uint32_t*>(from)}};
+      default: return {{*reinterpret_cast<const uint16_t*>(from)}};
+    }
+  }
+  template <int V>
+  __device__ void store(int64_t i, const Pack<uint64_t, 1>& pack) const {
+    char* to = global(data + i * size_of(dtype));
+    switch (dtype) {
+      case DType::kFloat64: *reinterpret_cast<uint64_t*>(to) = pack.values[0]; break;
+      case DType::kFloat32: *reinterpret_cast<uint32_t*>(to) = static_cast<uint32_t>(pack.values[0]); break;
+      default: *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(pack.values[0]);
+    }
+  }
+  template <class T>
+  __device__ T get(const Pack<uint64_t, 1>& pack, int) const {
+    const uint64_t bits = pack.values[0];
+    switch (dtype) {
+      case DType::kFloat64: return static_cast<T>(double_of(bits));
+      case DType::kFloat32: return static_cast<T>(float_of(static_cast<uint32_t>(bits)));
+      case DType::kBFloat16: return widened<T>(BFloat16{static_cast<uint16_t>(bits)});
+      default: return widened<T>(Float16{static_cast<uint16_t>(bits)});
+    }
+  }
+  template <class T>
+  __device__ void set(Pack<uint64_t, 1>& pack, int, T value) const {
+    switch (dtype) {
+      case DType::kFloat64: pack.values[0] = bits_of(static_cast<double>(value)); break;
+      case DType::kFloat32: pack.values[0] = bits_of(static_cast<float>(value)); break;
+      case DType::kBFloat16: pack.values[0] = Narrowed<BFloat16>::of(value).bits; break;
+      default: pack.values[0] = Narrowed<Float16>::of(value).bits;
+    }
+  }
+};
+
+template <class A, class T>
+struct Access {
+  using Operand = A;
+  using Arithmetic = T;
+};
+
+// What the operands in `used` (a bit per role) have in common.
+struct Survey {
+  DType dtype;   // of the first of them
+  bool uniform;  // whether it is every one's
+  bool aligned;  // whether every address is a multiple of 16 bytes
+};
+
+__device__ inline Survey survey(const TensorRow& row, const void* gradient, uint32_t used) {
+  Survey found{DType::kFloat32, true, true};
+  bool first = true;
+  for (int r = kWeight; r <= kState2; ++r) {
+    if ((used >> r & 1) == 0) continue;
+    const Role role = static_cast<Role>(r);
+    const DType dtype = row.dtype(role);
+    if (first) found.dtype = dtype;
+    first = false;
+    found.uniform = found.uniform && dtype == found.dtype;
+    const void* address = role == kGrad ? gradient : row.address[role];
+    found.aligned = found.aligned && reinterpret_cast<uintptr_t>(address) % kAccessBytes == 0;
+  }
+  return found;
+}
+
+SAM_FUSED_HD constexpr uint32_t bit(Role role) { return 1u << role; }
+
+// f(Access<operand, arithmetic's type>): `deciding` is the dtype that decides whether the arithmetic is in fp64.
+template <class F>
+__device__ void with_access(const Survey& found, DType deciding, F f) {
+  if (!found.uniform) {
+    if (deciding == DType::kFloat64) f(Access<Any, double>{});
+    else f(Access<Any, float>{});
+    return;
+  }
+  switch (found.dtype) {
+    case DType::kFloat32: return f(Access<Typed<float>, float>{});
+    case DType::kFloat64: return f(Access<Typed<double>, double>{});
+    case DType::kBFloat16: return f(Access<Typed<BFloat16>, float>{});
+    case DType::kFloat16: return f(Access<Typed<Float16>, float>{});
+  }
+}
+
+// f(width, first element): the block's threads go through the chunk side by side, `width` elements each, and one each through
+// what is left. kUnroll iterations have their loads in flight together where f does not store.
+template <int V, int kUnroll = 1, class F>
+__device__ void sweep(const Chunk& chunk, bool aligned, F f) {
+  const int64_t end = chunk.begin + chunk.count;
+  int64_t body = chunk.begin;
+  if (V > 1 && aligned) {
+    body += chunk.count / V * V;
+#pragma unroll kUnroll
+    for (int64_t i = chunk.begin + int64_t{threadIdx.x} * V; i < body; i += int64_t{blockDim.x} * V) {
+      f(std::integral_constant<int, V>{}, i);
+    }
+  }
+  for (int64_t i = body + threadIdx.x; i < end; i += blockDim.x) f(std::integral_constant<int, 1>{}, i);
+}
+
+// to = from, bit for bit.
+template <class S>
+__device__ void copy_as(void* to, void* from, const Chunk& chunk) {
+  const auto target = Typed<S>::at(to, {}), source = Typed<S>::at(from, {});
+  const bool aligned = (reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % kAccessBytes == 0;
+  sweep<Typed<S>::kWidth>(chunk, aligned, [&](auto width, int64_t i) {
+    constexpr int V = decltype(width)::value;
+    target.template store<V>(i, source.template load<V>(i));
+  });
+}
+
+__device__ inline void copy_chunk(void* to, void* from, DType dtype, const Chunk& chunk) {
+  if (to == from) return;
+  switch (size_of(dtype)) {
+    case 8: return copy_as<uint64_t>(to, from, chunk);
+    case 4: return copy_as<uint32_t>(to, from, chunk);
+    default: return copy_as<uint16_t>(to, from, chunk);
+  }
+}
+
+}  // namespace sam_fused::cuda

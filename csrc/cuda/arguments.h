@@ -1,0 +1,52 @@
+// What a kernel is given by value, and the device table behind it.
+//
+// A kernel's arguments may be 32,764 bytes. The rows of a set of tensors do not change between steps, so they live in a device
+// table that is written once; the gradients' addresses change with every backward pass, so they travel with the launch: no copy
+// to the device, no memory that a captured graph could find changed, and one launch for up to kMaxGradients tensors of any op.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "plan.h"
+
+namespace sam_fused::cuda {
+
+// Tests make these small to see them overflow.
+#if defined(SAM_FUSED_SMALL_ARGUMENTS)
+inline constexpr int64_t kMaxGradients = 37, kInlineHyper = 16, kUploadWords = 53;
+#else
+inline constexpr int64_t kMaxGradients = 3712, kInlineHyper = 256, kUploadWords = 4080;
+#endif
+inline constexpr size_t kArgumentBytes = 32764;
+
+// A scalar tensor on the device, fp32 or fp64. It is read by the kernel: the host never waits for it.
+struct Scalar {
+  const void* address;  // null: there is none
+  bool wide;
+};
+
+// The part of a table that a launch works on: a run of tensors and the chunks that they own. blockIdx.x counts these chunks.
+struct Launch {
+  TensorRow* rows;
+  const int64_t* first_chunk;  // of every tensor of the table, and the number of all chunks
+  uint32_t* ticket;
+  int64_t first_tensor, tensors;
+  int64_t begin, end;  // chunks; none where all tensors are empty
+};
+
+struct Hyper {
+  const double* table;  // on the device; null: `values` holds it
+  double values[kInlineHyper];
+};
+
+struct Gradients {
+  uint64_t addresses[kMaxGradients];  // of the launch's tensors
+};
+
+// What a base step's gradient is multiplied with, and whether the step is skipped.
+struct GradPolicy {
+  Scalar inv_scale, found_inf, clip;
+};
+
+}  // namespace sam_fused::cuda

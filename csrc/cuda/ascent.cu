@@ -1,0 +1,93 @@
+// Perturb with backup, and restore.
+#include "cuda/access.h"
+#include "cuda/launch.h"
+#include "cuda/run.h"
+#include "hyper.h"
+
+namespace sam_fused::cuda {
+namespace {
+
+struct PerturbArguments {
+  Launch launch;
+  Scalar norm, inv_scale;
+  bool backup_exists;
+  Hyper hyper;
+  Gradients gradients;
+};
+
+struct RestoreArguments {
+  Launch launch;
+};
+
+template <class A, class T>
+__device__ void perturb_chunk(const TensorRow& row, void* gradient, const Chunk& chunk, bool aligned, T c, bool backup_exists) {
+  const A weight = A::at(row.address[kWeight], row.dtype(kWeight)), backup = A::at(row.address[kBackup], row.dtype(kBackup));
+  const A grad = A::at(gradient, row.dtype(kGrad));
+  const A clean = backup_exists ? backup : weight;
+  const bool adaptive = static_cast<Scaling>(row.scaling) == Scaling::kAbsWeight;
+  sweep<A::kWidth>(chunk, aligned, [&](auto width, int64_t i) {
+    constexpr int V = decltype(width)::value;
+    auto w = clean.template load<V>(i);
+    const auto g = grad.template load<V>(i);
+    if (!backup_exists) backup.template store<V>(i, w);
+    for (int v = 0; v < V; ++v) {
+      const T from = clean.template get<T>(w, v), along = grad.template get<T>(g, v);
+      weight.template set<T>(w, v, adaptive ? perturbed_adaptive(from, along, c) : perturbed(from, along, c));
+    }
+    weight.template store<V>(i, w);
+  });
+}
+
+__global__ void __launch_bounds__(kThreads, kAscentBlocks) perturb_kernel(const __grid_constant__ PerturbArguments a) {
+  Perturbation& p = shared<Perturbation>();
+  // From the end: the norm went forwards over the same gradients, and left the last of them in the second-level cache.
+  const Chunk chunk = find_chunk(a.launch, a.launch.end - 1 - blockIdx.x);
+  const TensorRow& row = a.launch.rows[chunk.tensor];
+  if (threadIdx.x == 0) {
+    const double* h = hyper_row(a.hyper, row.group, kPerturbColumns);
+    p = perturbation(h, value_or(a.norm, 0), value_or(a.inv_scale, 1), row.dtype(kWeight) == DType::kFloat64);
+  }
+  __syncthreads();
+  if (!p.move) {
+    if (a.backup_exists) copy_chunk(row.address[kWeight], row.address[kBackup], row.dtype(kWeight), chunk);
+    else copy_chunk(row.address[kBackup], row.address[kWeight], row.dtype(kWeight), chunk);
+    return;
+  }
+  void* gradient = gradient_of(a.gradients, a.launch, chunk.tensor);
+  const Survey found = survey(row, gradient, bit(kWeight) | bit(kBackup) | bit(kGrad));
+  with_access(found, row.dtype(kWeight), [&](auto access) {
+    using A = typename decltype(access)::Operand;
+    using T = typename decltype(access)::Arithmetic;
+    perturb_chunk<A, T>(row, gradient, chunk, found.aligned, static_cast<T>(p.c), a.backup_exists);
+  });
+}
+
+__global__ void __launch_bounds__(kThreads, kAscentBlocks) restore_kernel(const __grid_constant__ RestoreArguments a) {
+  const Chunk chunk = find_chunk(a.launch, a.launch.begin + blockIdx.x);
+  const TensorRow& row = a.launch.rows[chunk.tensor];
+  copy_chunk(row.address[kWeight], row.address[kBackup], row.dtype(kWeight), chunk);
+}
+
+}  // namespace
+
+void perturb(const Set& set, Scalar norm, const Hyper& hyper, Scalar inv_scale, bool backup_exists) {
+  PerturbArguments arguments;
+  arguments.norm = norm;
+  arguments.inv_scale = inv_scale;
+  arguments.backup_exists = backup_exists;
+  arguments.hyper = hyper;
+  for_each_launch(set, [&](const Launch& part) {
+    if (part.begin == part.end) return;
+    arguments.launch = part;
+    fill(arguments.gradients, set, part);
+    launch(perturb_kernel, part.end - part.begin, set.stream, arguments);
+  });
+}
+
+void restore(const Set& set) {
+  for_each_launch(set, [&](const Launch& part) {
+    if (part.begin < part.end) launch(restore_kernel, part.end - part.begin, set.stream, RestoreArguments{part});
+  });
+}
+
+}  // namespace sam_fused::cuda

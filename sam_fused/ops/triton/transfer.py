@@ -1,0 +1,36 @@
+"""Words from the host into device memory: pinned and asynchronous, or, inside a graph capture, as a kernel's arguments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Two arguments a word. A graph replays one such launch in about the time that a handful of words take.
+_WORDS_PER_LAUNCH = 64
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched now goes into a CUDA graph instead of running. ``device`` is the current one."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def to_device(words: Tensor, device: torch.device) -> Tensor:
+    """A copy of an int64 tensor of one dimension, on the current stream of ``device``, the current one. Waits for nothing."""
+    if device.type == "cpu":  # the interpreter's
+        return words.clone()
+    if is_capturing(device):
+        return by_value(words, device)
+    return words.pin_memory().to(device, non_blocking=True)
+
+
+def by_value(words: Tensor, device: torch.device) -> Tensor:
+    """As ``to_device``, for a capture: a pinned buffer would have to outlive the graph, unchanged; arguments are part of it."""
+    from .kernels_transfer import BIAS, write_words
+
+    padded = -(-words.numel() // _WORDS_PER_LAUNCH) * _WORDS_PER_LAUNCH
+    there = torch.empty(padded, dtype=torch.int64, device=device)
+    values = words.tolist() + [0] * (padded - words.numel())
+    for start in range(0, padded, _WORDS_PER_LAUNCH):
+        halves = [half for word in values[start : start + _WORDS_PER_LAUNCH] for half in (word >> 32, word & 0xFFFFFFFF)]
+        write_words[(1,)](there[start:], tuple(half + BIAS.value for half in halves), num_warps=1)
+    return there[: words.numel()]

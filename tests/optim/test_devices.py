@@ -1,0 +1,74 @@
+"""What the optimizer layer decides by device, asked of tensors on `meta`: nothing here computes anything."""
+
+import pytest
+import torch
+from torch.optim import SGD, Adam
+
+from sam_fused.ops import backends
+from sam_fused.optim import bases, descent
+from sam_fused.optim.bases import FusedState, fused_base
+
+META = torch.device("meta")
+
+
+@pytest.fixture
+def params():
+    return [torch.nn.Parameter(torch.empty(3, device=META)) for _ in range(2)]
+
+
+def state_of(base, params):
+    return FusedState(fused_base(base), base, params, [base.param_groups[0]] * len(params))
+
+
+def test_step_counts_are_created_on_the_parameters_device(params):
+    base = Adam(params)
+    state = state_of(base, params)
+    state.commit()
+    for param, step in zip(params, state.steps, strict=True):
+        assert step.device == META and step.dtype == torch.float32 and step.dim() == 0
+        assert base.state[param]["step"] is step
+
+
+def test_step_counts_of_a_checkpoint_move_to_the_parameters_device(params):
+    base = Adam(params)
+    loaded = [torch.tensor(3.0), torch.zeros((), device=META)]
+    for param, step in zip(params, loaded, strict=True):
+        base.state[param] = {"step": step, "exp_avg": torch.empty_like(param), "exp_avg_sq": torch.empty_like(param)}
+    state = state_of(base, params)
+    assert [step.device for step in state.steps] == [META, META] and state.steps[1] is loaded[1]
+    assert base.state[params[0]]["step"] is loaded[0]  # not before the step is taken
+    state.commit()
+    assert base.state[params[0]]["step"] is state.steps[0]
+    state.withdraw()
+    assert base.state[params[0]]["step"] is loaded[0] and len(base.state[params[0]]) == 3
+    state.commit()
+    state.settle()
+    assert state.is_current()
+
+
+def test_a_scalar_goes_to_the_device_that_reads_it():
+    scalar = torch.tensor(0.5)
+    assert descent._on(scalar.device, scalar) is scalar and descent._on(META, None) is None
+    assert descent._on(META, scalar).device == META
+
+
+def test_capturable_bases_run_fused_on_cuda_alone(monkeypatch):
+    base = Adam([torch.nn.Parameter(torch.ones(2))], capturable=True)
+    assert fused_base(base) is None
+    monkeypatch.setattr(bases, "_on_cuda", lambda group: True)
+    assert fused_base(base) is not None
+
+
+@pytest.mark.parametrize(("backend", "fused"), [("native", True), ("triton", True), ("foreach", False), ("reference", False)])
+def test_off_the_cpu_only_compiled_backends_run_the_last_pass_fused(backend, fused, params, monkeypatch):
+    """The others restore, and let the base optimizer run its own step."""
+    monkeypatch.setattr(backends, "choose", lambda device, forced=None: backend)
+    asked = descent.Descent(descent.Control(backend=backend))
+    ascent = type("Ascent", (), {"parts": []})()
+    grads = [torch.empty_like(p) for p in params]
+    base = SGD(params, lr=0.1)
+    prepared = []
+    monkeypatch.setattr(descent.Descent, "_build", lambda self, *rest: prepared.append(rest) or [])
+    for _ in range(2):  # the second time from memory
+        assert asked._prepare(fused_base(base), base, ascent, params, grads, True) is fused
+    assert len(prepared) == int(fused)
