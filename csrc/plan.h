@@ -46,8 +46,7 @@ inline constexpr int64_t kRowWords = 5 + kRoles;
 static_assert(sizeof(TensorRow) == kRowWords * sizeof(int64_t), "Python writes rows of int64");
 
 // 32 Ki elements: 128 KiB of fp32 per operand, so the operands of one chunk stay inside a 1 MiB second-level cache, and a
-// 25 M parameter model still has several hundred chunks to balance over the threads. On a GPU a block's chunk: enough work to
-// hide the search for its tensor, and 30 thousand slots of the norm for 1 B parameters, which one block adds up in microseconds.
+// 25 M parameter model still has several hundred chunks to balance over the threads.
 inline constexpr int64_t kChunk = 32768;
 
 // A tensor costs something however small it is; counting it as this many elements keeps pieces of many small tensors even.

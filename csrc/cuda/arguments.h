@@ -12,11 +12,18 @@
 
 namespace sam_fused::cuda {
 
-// Tests make these small to see them overflow.
+// Gradients, hyper-parameters and words of a table that fit into a kernel's arguments.
+//
+// kBlockChunk: elements of a tensor that make one block's work: enough to hide finding them behind the blocks beside it, and few
+// enough that a 25 M parameter model fills an H200 several times over, so that the last blocks to finish leave little of it idle.
+//
+// kNormSums: blocks of a launch of the norm, and so sums for its last block to add. With more chunks a block takes several.
+//
+// Tests make all of them small, to see them overflow.
 #if defined(SAM_FUSED_SMALL_ARGUMENTS)
-inline constexpr int64_t kMaxGradients = 37, kInlineHyper = 16, kUploadWords = 53;
+inline constexpr int64_t kMaxGradients = 37, kInlineHyper = 16, kUploadWords = 53, kBlockChunk = 1024, kNormSums = 5;
 #else
-inline constexpr int64_t kMaxGradients = 3712, kInlineHyper = 256, kUploadWords = 4080;
+inline constexpr int64_t kMaxGradients = 3712, kInlineHyper = 256, kUploadWords = 4080, kBlockChunk = 8192, kNormSums = 4096;
 #endif
 inline constexpr size_t kArgumentBytes = 32764;
 
@@ -26,7 +33,7 @@ struct Scalar {
   bool wide;
 };
 
-// The part of a table that a launch works on: a run of tensors and the chunks that they own. blockIdx.x counts these chunks.
+// The part of a table that a launch works on: a run of tensors and the chunks that they own.
 struct Launch {
   TensorRow* rows;
   const int64_t* first_chunk;  // of every tensor of the table, and the number of all chunks

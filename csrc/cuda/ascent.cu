@@ -41,7 +41,8 @@ __device__ void perturb_chunk(const TensorRow& row, void* gradient, const Chunk&
 __global__ void __launch_bounds__(kThreads, kAscentBlocks) perturb_kernel(const __grid_constant__ PerturbArguments a) {
   Perturbation& p = shared<Perturbation>();
   // From the end: the norm went forwards over the same gradients, and left the last of them in the second-level cache.
-  const Chunk chunk = find_chunk(a.launch, a.launch.end - 1 - blockIdx.x);
+  const int64_t c = a.launch.end - 1 - blockIdx.x;
+  const Chunk chunk = find_chunks(a.launch, c, c + 1);
   const TensorRow& row = a.launch.rows[chunk.tensor];
   if (threadIdx.x == 0) {
     const double* h = hyper_row(a.hyper, row.group, kPerturbColumns);
@@ -63,7 +64,8 @@ __global__ void __launch_bounds__(kThreads, kAscentBlocks) perturb_kernel(const 
 }
 
 __global__ void __launch_bounds__(kThreads, kAscentBlocks) restore_kernel(const __grid_constant__ RestoreArguments a) {
-  const Chunk chunk = find_chunk(a.launch, a.launch.begin + blockIdx.x);
+  const int64_t c = a.launch.begin + blockIdx.x;
+  const Chunk chunk = find_chunks(a.launch, c, c + 1);
   const TensorRow& row = a.launch.rows[chunk.tensor];
   copy_chunk(row.address[kWeight], row.address[kBackup], row.dtype(kWeight), chunk);
 }

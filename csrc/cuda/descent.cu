@@ -61,7 +61,7 @@ __device__ void sgd_chunk(const TensorRow& row, void* gradient, const Chunk& chu
 }
 
 __device__ void sgd_block(const SgdArguments& a, SgdScratch& scratch, int64_t c) {
-  const Chunk chunk = find_chunk(a.launch, c);
+  const Chunk chunk = find_chunks(a.launch, c, c + 1);
   const TensorRow& row = a.launch.rows[chunk.tensor];
   if (skips(a.policy)) return copy_chunk(row.address[kWeight], row.address[kBackup], row.dtype(kWeight), chunk);
   if (threadIdx.x == 0) scratch.constants = sgd_constants(hyper_row(a.hyper, row.group, kSgdColumns), grad_factor(a.policy));
@@ -133,7 +133,7 @@ __device__ void advance(const TensorRow& row) {
 }
 
 __device__ void adam_block(const AdamArguments& a, AdamScratch& scratch, int64_t c) {
-  const Chunk chunk = find_chunk(a.launch, c);
+  const Chunk chunk = find_chunks(a.launch, c, c + 1);
   const TensorRow& row = a.launch.rows[chunk.tensor];
   if (skips(a.policy)) return copy_chunk(row.address[kWeight], row.address[kBackup], row.dtype(kWeight), chunk);
   const double* h = hyper_row(a.hyper, row.group, kAdamColumns);

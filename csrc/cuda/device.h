@@ -99,21 +99,23 @@ __device__ inline void* gradient_of(const Gradients& gradients, const Launch& la
   return reinterpret_cast<void*>(gradients.addresses[tensor - launch.first_tensor]);
 }
 
-// The chunk with this number. The whole block searches: each thread looks at one tensor in turn, so a thousand tensors cost two
-// loads and two barriers, where a binary search would be ten dependent loads.
-__device__ inline Chunk find_chunk(const Launch& launch, int64_t c) {
-  const int64_t* first = launch.first_chunk + launch.first_tensor;
-  int64_t starts_before = 0;  // tensors that start at or before chunk c, a prefix of the list
-  for (int64_t base = 0; base < launch.tensors; base += blockDim.x) {
-    const int64_t t = base + threadIdx.x;
-    const int found = __syncthreads_count(t < launch.tensors && first[t] <= c);
-    starts_before += found;
-    if (found < static_cast<int>(blockDim.x)) break;
-  }
-  const int64_t tensor = launch.first_tensor + starts_before - 1;
-  const int64_t begin = (c - launch.first_chunk[tensor]) * kChunk;
-  const int64_t left = launch.rows[tensor].numel - begin;
-  return {tensor, begin, left < kChunk ? left : kChunk};
+// The elements of chunks [c, end) that belong to the tensor of chunk c. The whole block searches: each thread compares with one of
+// as many tensors, evenly spread, and then within the gap that is left. Two loads and two barriers for any number of tensors, where
+// a binary search of a thousand would be ten dependent loads.
+__device__ inline Chunk find_chunks(const Launch& launch, int64_t c, int64_t end) {
+  int64_t tensor = launch.first_tensor, left = launch.tensors, stride;
+  do {
+    stride = (left + blockDim.x - 1) / blockDim.x;
+    const int64_t offset = threadIdx.x * stride;
+    // The first tensor starts at or before c, and so does a prefix of the others.
+    const int starts_before = __syncthreads_count(offset < left && launch.first_chunk[tensor + offset] <= c);
+    const int64_t skipped = (starts_before - 1) * stride;
+    tensor += skipped;
+    left = left - skipped < stride ? left - skipped : stride;
+  } while (stride > 1);
+  const int64_t first = launch.first_chunk[tensor], numel = launch.rows[tensor].numel;
+  const int64_t begin = (c - first) * kBlockChunk, stop = (end - first) * kBlockChunk;
+  return {tensor, begin, (stop < numel ? stop : numel) - begin};
 }
 
 }  // namespace sam_fused::cuda

@@ -1,5 +1,5 @@
-// The norm: a sum of squares per chunk, and the root of their sum by the last block to finish. One launch, no atomics on values,
-// so the same bits on every run.
+// The norm: a sum of squares per block, and the root of their sum by the last block to finish. One launch, no atomics on values,
+// and as many blocks as there are chunks to a fixed limit, whatever the card: the same bits on every run.
 #include "cuda/access.h"
 #include "cuda/launch.h"
 #include "cuda/run.h"
@@ -9,16 +9,18 @@ namespace {
 
 struct NormArguments {
   Launch launch;
-  double* slots;         // [3][chunks of the table]
-  int64_t chunks;        // of the table
-  bool finishes;         // the last launch of an operation: its last block adds up the slots of all
+  int64_t chunks_a_block;
+  double* sums;          // [3][all], of x 2^600, x, x 2^-600; see squares.h
+  int64_t first, all;    // of them: this launch's first block's, and all launches'
+  bool scaled;           // some gradient is fp64: without one only the middle row is in use
+  bool finishes;         // the last launch of an operation: its last block adds up the sums of all
   Scalar inv_scale;
   Norm result;
   Gradients gradients;
 };
 
 struct NormScratch {
-  SumScratch sums;
+  SumScratch block;
   bool last;
 };
 
@@ -53,17 +55,28 @@ __device__ SumOfSquares chunk_sum(const TensorRow& row, void* gradient, const Ch
   return sum;
 }
 
-__device__ SumOfSquares slot_sum(const NormArguments& a) {
+__device__ SumOfSquares run_sum(const NormArguments& a, const Chunk& chunk, double inv_scale) {
+  const TensorRow& row = a.launch.rows[chunk.tensor];
+  void* gradient = gradient_of(a.gradients, a.launch, chunk.tensor);
+  const bool adaptive = static_cast<Scaling>(row.scaling) == Scaling::kAbsWeight;
+  const Survey found = survey(row, gradient, bit(kGrad) | (adaptive ? bit(kWeight) : 0));
   SumOfSquares sum;
-  for (int64_t c = threadIdx.x; c < a.chunks; c += blockDim.x) {
-    // Past the first-level cache, which is not told of what other multiprocessors write.
-    SumOfSquares slot;
-    slot.small = __ldcg(a.slots + c);
-    slot.middle = __ldcg(a.slots + a.chunks + c);
-    slot.big = __ldcg(a.slots + 2 * a.chunks + c);
-    sum = sum + slot;
-  }
+  with_access(found, row.dtype(kGrad), [&](auto access) {
+    using A = typename decltype(access)::Operand;
+    using T = typename decltype(access)::Arithmetic;
+    const T factor = static_cast<T>(inv_scale);
+    if (adaptive) sum = chunk_sum<true, A, T>(row, gradient, chunk, found.aligned, factor);
+    else sum = chunk_sum<false, A, T>(row, gradient, chunk, found.aligned, factor);
+  });
   return sum;
+}
+
+// One row of the sums, a share per thread. Past the first-level cache, which is not told of what other multiprocessors write.
+__device__ double share_of(const double* sums, int64_t all) {
+  double share = 0;
+#pragma unroll 8
+  for (int64_t i = threadIdx.x; i < all; i += blockDim.x) share += __ldcg(sums + i);
+  return share;
 }
 
 __device__ void write_norm(const Norm& result, double norm) {
@@ -76,47 +89,53 @@ __device__ void write_norm(const Norm& result, double norm) {
 
 __global__ void __launch_bounds__(kThreads, kNormBlocks) grad_norm_kernel(const __grid_constant__ NormArguments a) {
   NormScratch& scratch = shared<NormScratch>();
-  const int64_t c = a.launch.begin + blockIdx.x;
-  if (c < a.launch.end) {
-    const Chunk chunk = find_chunk(a.launch, c);
-    const TensorRow& row = a.launch.rows[chunk.tensor];
-    void* gradient = gradient_of(a.gradients, a.launch, chunk.tensor);
-    const bool adaptive = static_cast<Scaling>(row.scaling) == Scaling::kAbsWeight;
-    const Survey found = survey(row, gradient, bit(kGrad) | (adaptive ? bit(kWeight) : 0));
-    const double inv_scale = value_or(a.inv_scale, 1);
+  const double inv_scale = value_or(a.inv_scale, 1);
+  int64_t c = a.launch.begin + blockIdx.x * a.chunks_a_block;
+  const int64_t end = c + a.chunks_a_block < a.launch.end ? c + a.chunks_a_block : a.launch.end;
+  if (c < end) {
     SumOfSquares sum;
-    with_access(found, row.dtype(kGrad), [&](auto access) {
-      using A = typename decltype(access)::Operand;
-      using T = typename decltype(access)::Arithmetic;
-      const T factor = static_cast<T>(inv_scale);
-      if (adaptive) sum = chunk_sum<true, A, T>(row, gradient, chunk, found.aligned, factor);
-      else sum = chunk_sum<false, A, T>(row, gradient, chunk, found.aligned, factor);
-    });
-    sum = block_sum(scratch.sums, sum);
+    while (c < end) {
+      const Chunk run = find_chunks(a.launch, c, end);
+      sum = sum + run_sum(a, run, inv_scale);
+      c += (run.count + kBlockChunk - 1) / kBlockChunk;
+    }
+    sum = block_sum(scratch.block, sum);
     if (threadIdx.x == 0) {
-      a.slots[c] = sum.small;
-      a.slots[a.chunks + c] = sum.middle;
-      a.slots[2 * a.chunks + c] = sum.big;
+      double* own = a.sums + a.first + blockIdx.x;
+      own[a.all] = sum.middle;
+      if (a.scaled) own[0] = sum.small, own[2 * a.all] = sum.big;
     }
   }
   if (!a.finishes || !is_last_block(a.launch.ticket, scratch.last)) return;
-  const SumOfSquares total = block_sum(scratch.sums, slot_sum(a));
+  SumOfSquares share;
+  share.middle = share_of(a.sums + a.all, a.all);
+  if (a.scaled) share.small = share_of(a.sums, a.all), share.big = share_of(a.sums + 2 * a.all, a.all);
+  const SumOfSquares total = block_sum(scratch.block, share);
   if (threadIdx.x == 0) write_norm(a.result, norm_of(total));
+}
+
+bool any_wide(Rows rows) {
+  return std::any_of(rows.data, rows.data + rows.count, [](const TensorRow& r) { return r.dtype(kGrad) == DType::kFloat64; });
 }
 
 }  // namespace
 
 void grad_norm(const Set& set, const Norm& result, Scalar inv_scale) {
   NormArguments arguments;
-  arguments.slots = reinterpret_cast<double*>(set.table + set.layout().slots());
-  arguments.chunks = set.plan.chunks();
+  arguments.sums = reinterpret_cast<double*>(set.table + set.layout().norm_sums());
+  arguments.first = 0;
+  arguments.all = set.layout().sums;
+  arguments.scaled = any_wide(set.rows);
   arguments.inv_scale = inv_scale;
   arguments.result = result;
   for_each_launch(set, [&](const Launch& part) {
+    const int64_t chunks = part.end - part.begin, blocks = norm_blocks(chunks);
     arguments.launch = part;
+    arguments.chunks_a_block = chunks_a_norm_block(chunks);
     arguments.finishes = part.first_tensor + part.tensors == set.plan.tensors();
     fill(arguments.gradients, set, part);
-    launch(grad_norm_kernel, at_least_one_block(part), set.stream, arguments);
+    launch(grad_norm_kernel, std::max<int64_t>(1, blocks), set.stream, arguments);
+    arguments.first += blocks;
   });
 }
 

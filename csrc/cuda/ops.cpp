@@ -50,8 +50,8 @@ Norm norm_of(const Tensor& norm, const Tensor& found_inf, Place place) {
   return {norm.data_ptr(), norm.scalar_type() == ScalarType::Double, static_cast<float*>(found_inf.data_ptr())};
 }
 
-Plan plan_of(Rows rows) {
-  Plan plan(rows.count, [rows](int64_t t) { return rows.data[t].numel; });
+Plan checked_plan(Rows rows) {
+  Plan plan = plan_of(rows);
   check_chunks(plan);
   return plan;
 }
@@ -63,7 +63,7 @@ class Session {
  public:
   // A table for this call alone.
   Session(Rows rows, const Tensor& like)
-      : place_(Place::of(like)), guard_(place_.index()), set_{rows, plan_of(rows), nullptr, current_stream(place_.index())} {
+      : place_(Place::of(like)), guard_(place_.index()), set_{rows, checked_plan(rows), nullptr, current_stream(place_.index())} {
     table_ = torch::stable::new_empty(like, std::vector<int64_t>{set_.layout().words()}, ScalarType::Long);
     set_.table = words_of(table_);
     write_table(set_);
@@ -71,7 +71,7 @@ class Session {
 
   // A table that is there already.
   Session(Rows rows, const MaybeTensor& table, Place place)
-      : place_(place), guard_(place_.index()), set_{rows, plan_of(rows), nullptr, current_stream(place_.index())} {
+      : place_(place), guard_(place_.index()), set_{rows, checked_plan(rows), nullptr, current_stream(place_.index())} {
     STD_TORCH_CHECK(table.has_value() && place.holds(*table) && table->scalar_type() == ScalarType::Long &&
                         table->is_contiguous() && table->numel() == set_.layout().words(),
                     "sam_fused: expected the device table of these rows, as device_table makes it");

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads) upload_kernel(const __grid_constant_
 void check_chunks(const Plan& plan) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   if (plan.chunks() > kMost) {
-    throw std::runtime_error("sam_fused: expected at most " + std::to_string(kMost) + " chunks of " + std::to_string(kChunk) +
+    throw std::runtime_error("sam_fused: expected at most " + std::to_string(kMost) + " chunks of " + std::to_string(kBlockChunk) +
                              " elements in a call, got " + std::to_string(plan.chunks()) + ": split the tensors over several calls");
   }
 }
@@ -41,7 +41,7 @@ void upload(const int64_t* words, int64_t count, int64_t* to, Stream stream) {
 
 void write_table(const Set& set) {
   const TableLayout layout = set.layout();
-  std::vector<int64_t> words(layout.slots());
+  std::vector<int64_t> words(layout.norm_sums());
   words[TableLayout::kTicket] = 0;
   for (int64_t t = 0; t <= layout.tensors; ++t) words[TableLayout::kFirstChunk + t] = set.plan.first_chunk(t);
   const auto* rows = reinterpret_cast<const int64_t*>(set.rows.data);

@@ -21,8 +21,9 @@ from tests.ops.digest import digest, lists_for
 from tests.ops.runner import TAKES, make_lists, run, table
 from tests.optim.helpers import Regression, take_step
 
-# With SAM_FUSED_SMALL_ARGUMENTS (csrc/cuda/arguments.h): gradients and words a launch takes.
-GRADIENTS, WORDS = 37, 53
+# With SAM_FUSED_SMALL_ARGUMENTS (csrc/cuda/arguments.h): gradients and words a launch takes, elements of a block's chunk, and
+# blocks of a norm.
+GRADIENTS, WORDS, BLOCK_CHUNK, NORM_SUMS = 37, 53, 1024, 5
 EVERY_ORDER = list(itertools.product(ORDERS, ORDERS))
 SGD, ADAM = [[0.1, 0.9, 0.3, 0.01, 0, 0]], [[0.01, 0.9, 0.999, 1e-8, 0.1, 1, 1, 0]]
 PERTURB = table([[0.05, 1e-12]])
@@ -138,6 +139,27 @@ def test_the_norm_is_right_for_every_size_of_a_block(threads, emulated):
     assert float(ops.grad_norm(grads, backend="emulated")[0]) == pytest.approx(wanted, rel=1e-12)
 
 
+@pytest.mark.parametrize("chunks", [*range(1, 3 * NORM_SUMS + 2), 40])
+def test_the_norm_sums_every_chunk_once_however_they_are_dealt_out(chunks, emulated):
+    """Chunks of several tensors, empty ones among them, over fewer blocks: each element is a power of two of its own."""
+    for ragged in (0, 1, BLOCK_CHUNK - 1):
+        sizes = [0, BLOCK_CHUNK * (chunks // 2) + ragged, 0, 0, BLOCK_CHUNK * (chunks - chunks // 2), 0, 3]
+        grads = [torch.randint(1, 9, (size,)).float() for size in sizes]
+        wanted = sum(int(g.long().square().sum()) for g in grads)
+        assert float(ops.grad_norm(grads, backend="emulated")[0]) == float(
+            torch.tensor(wanted, dtype=torch.float64).sqrt().float()
+        )
+
+
+def test_a_norm_after_a_larger_one_adds_nothing_of_it(emulated):
+    """The sums are never cleared."""
+    ones = [torch.ones(BLOCK_CHUNK * 7 + 1), torch.ones(9, dtype=torch.float64)]
+    tensors = TensorSet(ones, ones, backend="emulated")
+    for grads, wanted in (([g * 1e200 for g in ones], None), (ones, math.sqrt(BLOCK_CHUNK * 7 + 10))):
+        norm, _ = tensors.grad_norm(tensors.checked(grads))
+        assert wanted is None or float(norm) == pytest.approx(wanted, rel=1e-15)
+
+
 # ---- launches and tables ---------------------------------------------------------------------------------------------------
 
 
@@ -243,9 +265,9 @@ def test_tickets_are_back_at_zero(emulated):
 
 
 def test_more_chunks_than_a_launch_can_have_are_refused_before_anything_is_written(emulated):
-    numel = CHUNK * 2**31
+    numel = BLOCK_CHUNK * 2**31
     rows = build_rows({"weight": [torch.ones(1)], "backup": [torch.zeros(1)]}, [numel])
-    with pytest.raises(RuntimeError, match=r"at most 2147483647 chunks of 32768 elements in a call, got 2147483648: split"):
+    with pytest.raises(RuntimeError, match=r"at most 2147483647 chunks of 1024 elements in a call, got 2147483648: split"):
         torch.ops.sam_fused.emulated_device_table(rows, torch.empty(0))
     rows[0, 0] = 2**62
     with pytest.raises(RuntimeError, match="split the tensors"):

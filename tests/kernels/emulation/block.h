@@ -35,9 +35,10 @@ struct Place {
   bool operator==(const Place& other) const {
     // Instances of one template differ in their function's name.
     return where.line() == other.where.line() && where.column() == other.where.column() &&
-           std::strcmp(where.file_name(), other.where.file_name()) == 0 &&
-           std::strcmp(where.function_name(), other.where.function_name()) == 0;
+           same(where.file_name(), other.where.file_name()) && same(where.function_name(), other.where.function_name());
   }
+  static bool same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
   std::string text() const {
     const std::string file = where.file_name();
     return std::string(operation) + " (" + file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line()) + ")";
