@@ -3,7 +3,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: setup build test lint bench clean
+.PHONY: setup build test test-kernels gpu lint bench clean
 
 setup:
 	@$(PYTHON) -m tools.dev setup
@@ -13,6 +13,12 @@ build:
 
 test:
 	@$(PYTHON) -m tools.dev test $(ARGS)
+
+test-kernels:
+	@$(PYTHON) -m tools.dev test-kernels $(ARGS)
+
+gpu:
+	@$(PYTHON) -m tools.dev gpu $(ARGS)
 
 lint:
 	@$(PYTHON) -m tools.dev lint

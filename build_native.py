@@ -1,12 +1,16 @@
-"""Builds `sam_fused._C` when this machine can, and writes down why when it cannot.
+"""Builds `sam_fused._C` and `sam_fused._C_cuda` where this machine can, and writes down why where it cannot.
 
-`SAM_FUSED_BUILD` says what is wanted: `auto` (the default: native kernels if possible, else the pure-Python path),
-`cpu` (native CPU kernels or an error), `cuda` (not in this release), `none` (pure Python).
+`SAM_FUSED_BUILD` says what is wanted: `auto` (the default: whatever native kernels are possible, else the pure-Python
+path), `cpu` (native CPU kernels or an error, and no others), `cuda` (CPU and CUDA kernels or an error), `none` (pure
+Python). What the CUDA kernels need is checked in `build_cuda.py`.
 
-Whether the extension can be built is known only after trying, long after setuptools has asked whether there is one.
-So one is always announced, `BuildExt` drops it when it does not come about, and `BdistWheel` chooses the wheel's tag
-after the build. pip hides what a successful build prints, so the outcome goes into `sam_fused/_build_record.json`,
-which `python -m sam_fused.info` and the first optimizer read.
+The two are libraries of their own, so that the CPU kernels load where torch has no CUDA, and are built one after the
+other, so that a failure of the second leaves the first.
+
+Whether an extension can be built is known only after trying, long after setuptools has asked whether there is one. So
+one is always announced, `BuildExt` drops it when it does not come about or adds the second, and `BdistWheel` chooses
+the wheel's tag after the build. pip hides what a successful build prints, so the outcome goes into
+`sam_fused/_build_record.json`, which `python -m sam_fused.info` and the first optimizer read.
 """
 
 import json
@@ -17,8 +21,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
@@ -33,8 +39,12 @@ except ImportError:
         'run `pip install "setuptools>=70.1"` first'
     ) from None
 
+import build_cuda
+from build_cuda import INSTALL, CannotBuild, shorten
+
 ROOT = Path(__file__).resolve().parent
 EXTENSION = "sam_fused._C"
+CUDA_EXTENSION = "sam_fused._C_cuda"
 RECORD = "_build_record.json"
 MODES = ("auto", "cpu", "cuda", "none")
 
@@ -42,7 +52,6 @@ MODES = ("auto", "cpu", "cuda", "none")
 TORCH_FLOOR = (2, 11)
 TORCH_TARGET_VERSION = f"0x{TORCH_FLOOR[0]:02x}{TORCH_FLOOR[1]:02x}000000000000"
 PYTHON_FLOOR = "0x030A0000"  # spelt as torch spells it: it defines the macro too, and two spellings would warn
-INSTALL = "`pip install --no-build-isolation .`"
 
 COMPILE_FLAGS = [
     "-O3",
@@ -58,8 +67,16 @@ COMPILE_FLAGS = [
 ]
 
 
-class CannotBuild(Exception):
-    """The native kernels cannot be built here; the message is the whole sentence for the user."""
+@dataclass
+class CudaRecord:
+    """The CUDA part of a record."""
+
+    reason: str | None = None
+    toolkit: str | None = None
+    """The version of the nvcc that passed every check; None where the kernels were not tried."""
+    torch_cuda: str | None = None
+    architectures: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass
@@ -68,10 +85,11 @@ class Record:
 
     mode: str
     version: str
-    native: dict[str, bool] = field(default_factory=lambda: {"cpu": False})
+    native: dict[str, bool] = field(default_factory=lambda: {"cpu": False, "cuda": False})
     reason: str | None = None
     torch: str | None = None
     compiler: str | None = None
+    cuda: CudaRecord = field(default_factory=CudaRecord)
 
 
 def requested_mode() -> str:
@@ -79,11 +97,6 @@ def requested_mode() -> str:
     if mode not in MODES:
         raise SystemExit(
             f"sam_fused: SAM_FUSED_BUILD expected one of {', '.join(MODES)}, got {mode!r}; unset it or set it to one of these."
-        )
-    if mode == "cuda":
-        raise SystemExit(
-            "sam_fused: SAM_FUSED_BUILD=cuda expected CUDA kernels, but this release has native kernels for the CPU "
-            "only; use SAM_FUSED_BUILD=cpu or unset it."
         )
     return mode
 
@@ -93,21 +106,30 @@ def _sources(*patterns: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern))
 
 
-def extension_arguments() -> dict:
+def _arguments(name: str, *sources: str, **flags: list[str]) -> dict[str, Any]:
     return {
-        "name": EXTENSION,
-        "sources": _sources("csrc/*.cpp", "csrc/cpu/*.cpp"),
-        "depends": _sources("csrc/**/*.h", "csrc/**/*.inl"),
+        "name": name,
+        "sources": _sources(*sources),
+        "depends": _sources("csrc/**/*.h", "csrc/**/*.inl", "csrc/**/*.cuh"),
         "include_dirs": [str(ROOT / "csrc")],  # absolute: ninja compiles from another folder
-        "extra_compile_args": {"cxx": COMPILE_FLAGS},
+        "extra_compile_args": flags,
         "py_limited_api": True,
     }
 
 
-def placeholder() -> Extension:
-    """The extension as announced, before anybody knows whether there is a torch to build it against."""
-    arguments = extension_arguments()
-    return Extension(**{**arguments, "extra_compile_args": []})
+def cpu_arguments() -> dict[str, Any]:
+    return _arguments(EXTENSION, "csrc/*.cpp", "csrc/cpu/*.cpp", cxx=COMPILE_FLAGS)
+
+
+def cuda_arguments(plan: build_cuda.CudaPlan | None = None) -> dict[str, Any]:
+    flags = [*COMPILE_FLAGS, *plan.definitions()] if plan else []
+    sources = ("csrc/operands.cpp", "csrc/cuda/*.cpp", "csrc/cuda/*.cu")
+    return _arguments(CUDA_EXTENSION, *sources, cxx=flags, nvcc=plan.nvcc_flags(flags) if plan else [])
+
+
+def placeholders() -> list[Extension]:
+    """The extensions as announced, before anybody knows whether there is a torch to build them against."""
+    return [Extension(**{**arguments, "extra_compile_args": []}) for arguments in (cpu_arguments(), cuda_arguments())]
 
 
 def wheel_options() -> dict[str, str]:
@@ -137,6 +159,10 @@ def check_torch() -> str:
     return str(torch.__version__)
 
 
+def compiler_command() -> str:
+    return os.environ.get("CXX", "").strip() or "c++"
+
+
 def check_compiler() -> str:
     """The first line of `c++ --version`, for the record."""
     if os.name == "nt":
@@ -146,7 +172,7 @@ def check_compiler() -> str:
             "native kernels expect a Python with the stable ABI, found a free-threaded one; "
             f"use a regular Python, then {INSTALL}"
         )
-    command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    command = shlex.split(compiler_command())
     if shutil.which(command[0]) is None:
         raise CannotBuild(
             f"expected a C++20 compiler (CXX, or c++ on PATH), found nothing called {command[0]!r}; "
@@ -166,65 +192,123 @@ def check_compiler() -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+    return shorten(f"{type(error).__name__}: {error}", 200)
 
 
 class BuildExt(build_ext):
-    """Builds the extension, or drops it from the distribution; either way the record is written beside it."""
+    """Builds the extensions, or drops them from the distribution; either way the record is written beside them."""
 
     def run(self) -> None:
         record = Record(mode=requested_mode(), version=self.distribution.get_version())
-        self._remove_stale()
+        self._remove_stale("_C", "_C_cuda")
+        built: list[Extension] = []
         try:
             if record.mode == "none":
                 raise CannotBuild(f"SAM_FUSED_BUILD=none asked for pure Python; unset it, then {INSTALL}")
             record.torch = check_torch()
             record.compiler = check_compiler()
-            self._compile(record)
-            record.native["cpu"] = True
+            plan = self._plan_cuda(record)
+            built.append(self._compile_cpu(record))
+            if plan is not None:
+                built.extend(self._compile_cuda(record, plan))
         except CannotBuild as problem:
-            if record.mode == "cpu":
-                raise SystemExit(f"sam_fused: SAM_FUSED_BUILD=cpu: {problem}.") from None
-            record.reason = str(problem)
-            self._drop_extension()
+            if record.mode in ("cpu", "cuda"):
+                raise SystemExit(f"sam_fused: SAM_FUSED_BUILD={record.mode}: {problem}.") from None
+            record.reason = record.cuda.reason = str(problem)
             print(f"sam_fused: without native kernels: {record.reason}.", file=sys.stderr)
+        # What was announced and not built is gone from here on: not copied, not looked for, not in the wheel's tag.
+        self.distribution.ext_modules = built
+        self.extensions = [announced for announced in self.extensions if announced.name in {made.name for made in built}]
         self._write(record)
 
-    def _compile(self, record: Record) -> None:
+    def _plan_cuda(self, record: Record) -> build_cuda.CudaPlan | None:
+        """What to build the CUDA kernels with, or None with the reason in the record; raises where they are demanded."""
         try:
-            from torch.utils.cpp_extension import BuildExtension, CppExtension
+            if record.mode == "cpu":
+                raise CannotBuild(f"SAM_FUSED_BUILD=cpu asked for CPU kernels alone; unset it, then {INSTALL}")
+            plan = build_cuda.plan(compiler_command())
+        except CannotBuild as problem:
+            self._go_without_cuda(record, problem)
+            return None
+        record.cuda = CudaRecord(None, plan.toolkit.version, plan.torch_cuda, plan.architectures, plan.left_out)
+        return plan
 
-            self.distribution.ext_modules = [CppExtension(**extension_arguments())]
+    def _compile_cpu(self, record: Record) -> Extension:
+        def extension() -> Extension:
+            from torch.utils.cpp_extension import CppExtension
+
+            return CppExtension(**cpu_arguments())
+
+        made = self._compile(record, extension, "cpu", record.compiler)
+        record.native["cpu"] = True
+        return made
+
+    def _compile_cuda(self, record: Record, plan: build_cuda.CudaPlan) -> list[Extension]:
+        """The CUDA library, or nothing: the CPU one, built before, stays if this fails."""
+
+        def extension() -> Extension:
+            from torch.utils import cpp_extension
+
+            # It has looked for a toolkit by itself, in fewer places, and keeps what it found in this variable.
+            cpp_extension.CUDA_HOME = str(plan.toolkit.home)
+            made = cpp_extension.CUDAExtension(**cuda_arguments(plan))
+            runtime = plan.runtime_library()
+            if runtime is not None:
+                made.libraries.remove("cudart")
+                made.extra_link_args.append(runtime)
+            return made
+
+        try:
+            made = self._compile(record, extension, "cuda", f"nvcc {plan.toolkit.version}, {record.compiler}")
+        except CannotBuild as problem:
+            self._remove_stale("_C_cuda")
+            self._go_without_cuda(record, problem)
+            return []
+        record.native["cuda"] = True
+        return [made]
+
+    @staticmethod
+    def _go_without_cuda(record: Record, problem: CannotBuild) -> None:
+        if record.mode == "cuda":
+            raise problem
+        record.cuda.reason = str(problem)
+        print(f"sam_fused: without CUDA kernels: {problem}.", file=sys.stderr)
+
+    def _compile(self, record: Record, extension: Callable[[], Extension], device: str, compilers: str | None) -> Extension:
+        try:
+            # torch looks for ninja on PATH alone, and without an activated environment the environment's is not there.
+            os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
+            from torch.utils.cpp_extension import BuildExtension
+
+            self.distribution.ext_modules = [extension()]
             command = BuildExtension(self.distribution)
             for option in ("build_lib", "inplace", "debug", "parallel", "editable_mode"):
                 setattr(command, option, getattr(self, option))
             # One folder of objects for wheels, editable and in-place builds, so that ninja recompiles only what changed
-            # (an editable build would otherwise use a temporary folder and start anew each time).
+            # (an editable build would otherwise use a temporary folder and start anew each time). One per library: they
+            # share sources, compiled with other flags.
             base = self.get_finalized_command("build").build_base
-            command.build_temp = os.path.join(base, f"objects-{sys.implementation.cache_tag}-torch{record.torch}")
+            command.build_temp = os.path.join(base, f"objects-{sys.implementation.cache_tag}-torch{record.torch}-{device}")
             command.ensure_finalized()
             command.run()
+            return self.distribution.ext_modules[0]
         except Exception as error:  # whatever went wrong in there, a user of `auto` still gets a package that works
-            where = "above" if record.mode == "cpu" else "with `SAM_FUSED_BUILD=cpu pip install --no-build-isolation .`"
+            where = "above" if record.mode != "auto" else f"with `SAM_FUSED_BUILD={device} pip install --no-build-isolation .`"
             raise CannotBuild(
-                f"expected the compiler to succeed, but it failed ({record.compiler}; {_one_line(error)}); "
-                f"see its messages {where}"
+                f"expected the compiler to succeed, but it failed ({compilers}; {_one_line(error)}); see its messages {where}"
             ) from None
-
-    def _drop_extension(self) -> None:
-        # No extension from here on: no file is copied or looked for, and the wheel is pure.
-        self.distribution.ext_modules = []
-        self.extensions = []
 
     def _package_dir(self) -> Path:
         return Path(self.get_ext_fullpath(EXTENSION)).parent  # the source tree's when in place, else the build's
 
-    def _remove_stale(self) -> None:
+    def _remove_stale(self, *libraries: str) -> None:
         # A library from an earlier build would be shipped in a pure wheel, or loaded against the record's word.
         # Removing, not overwriting: a process that has the old one mapped must not see its pages change.
         folder = self._package_dir()
-        for stale in (*folder.glob("_C.*so"), *folder.glob("_C.*pyd"), *folder.glob(RECORD)):
-            stale.unlink()
+        for library in libraries:
+            for stale in (*folder.glob(f"{library}.*so"), *folder.glob(f"{library}.*pyd")):
+                stale.unlink()
+        (folder / RECORD).unlink(missing_ok=True)
 
     def _write(self, record: Record) -> None:
         folder = self._package_dir()

@@ -1,4 +1,4 @@
-"""The parts of the build that pyproject.toml cannot say: an extension that may be missing. See build_native.py."""
+"""The parts of the build that pyproject.toml cannot say: extensions that may be missing. See build_native.py."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ setup(
     # Here and not in pyproject.toml: setuptools below 77 rejects `license = "Apache-2.0"` there, 77 and later
     # deprecate the table form that older ones want.
     license="Apache-2.0",
-    ext_modules=[build_native.placeholder()],
+    ext_modules=build_native.placeholders(),
     cmdclass={"build_ext": build_native.BuildExt, "bdist_wheel": build_native.BdistWheel},
     options={"bdist_wheel": build_native.wheel_options()},
 )

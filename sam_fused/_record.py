@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PATH = Path(__file__).with_name("_build_record.json")
 INSTALL = "`pip install --no-build-isolation .`"
@@ -16,7 +17,7 @@ class BuildRecord:
     """The outcome of the last build of this copy of the package (written by `build_native.py`)."""
 
     mode: str
-    """What `SAM_FUSED_BUILD` asked for: auto, cpu or none; "unbuilt" where no build ever ran."""
+    """What `SAM_FUSED_BUILD` asked for: auto, cpu, cuda or none; "unbuilt" where no build ever ran."""
     native_cpu: bool
     """Whether the native CPU kernels were built."""
     reason: str | None
@@ -27,6 +28,18 @@ class BuildRecord:
     """The first line that the compiler says about its version."""
     version: str | None
     """The version of the package that was built."""
+    native_cuda: bool = False
+    """Whether the native CUDA kernels were built."""
+    cuda_reason: str | None = None
+    """Why there are none, with the remedy: a clause without a full stop. None where there are."""
+    nvcc: str | None = None
+    """The version of the nvcc that the build found and accepted."""
+    torch_cuda: str | None = None
+    """The CUDA of the torch that the kernels were built against."""
+    architectures: tuple[str, ...] = ()
+    """The capabilities that the CUDA kernels were compiled for, with +PTX where later cards can compile them too."""
+    architectures_left_out: tuple[str, ...] = ()
+    """What `TORCH_CUDA_ARCH_LIST` named and the kernels are too new for."""
 
 
 def build_record(path: Path = PATH) -> BuildRecord:
@@ -52,9 +65,25 @@ def build_record(path: Path = PATH) -> BuildRecord:
             torch=fields["torch"],
             compiler=fields["compiler"],
             version=fields["version"],
+            **_cuda_part(fields),
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return _without(f"expected a build record in {path.name}, found something unreadable; build again with {INSTALL}")
+
+
+def _cuda_part(fields: dict[str, Any]) -> dict[str, Any]:
+    """What the record says about CUDA; records of releases before there were CUDA kernels say nothing."""
+    if "cuda" not in fields:
+        return {"cuda_reason": f"the build is from before there were CUDA kernels; build again with {INSTALL}"}
+    cuda = fields["cuda"]
+    return {
+        "native_cuda": bool(fields["native"]["cuda"]),
+        "cuda_reason": cuda["reason"],
+        "nvcc": cuda["toolkit"],
+        "torch_cuda": cuda["torch_cuda"],
+        "architectures": tuple(cuda["architectures"]),
+        "architectures_left_out": tuple(cuda["left_out"]),
+    }
 
 
 def _is_installed_elsewhere(package: Path) -> bool:
@@ -64,4 +93,4 @@ def _is_installed_elsewhere(package: Path) -> bool:
 
 
 def _without(reason: str) -> BuildRecord:
-    return BuildRecord("unbuilt", native_cpu=False, reason=reason, torch=None, compiler=None, version=None)
+    return BuildRecord("unbuilt", native_cpu=False, reason=reason, torch=None, compiler=None, version=None, cuda_reason=reason)

@@ -20,7 +20,7 @@ from sam_fused.ops import backends, native
 def collect() -> dict[str, Any]:
     """Everything `main` prints, as plain data."""
     record = build_record()
-    status = native.status()
+    status, cuda = native.status(), native.cuda_status()
     return {
         "version": _version(record),
         "torch": str(torch.__version__),
@@ -29,6 +29,7 @@ def collect() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "build": asdict(record),
         "native": {"loaded": status.loaded, "capability": status.capability, "reason": status.reason},
+        "native_cuda": {"loaded": cuda.loaded, "architectures": cuda.architectures, "reason": cuda.reason},
         "devices": backends.report(),
     }
 
@@ -56,16 +57,33 @@ def describe(facts: dict[str, Any]) -> list[str]:
         lines.append("built: by hand, without a build record; `make build` writes one")
     else:
         lines.append(f"built: no native kernels: {build['reason']}")
+    if build["native_cpu"]:
+        lines.append(_cuda_line(build))
     if library["loaded"]:
         lines.append(f"native library: loaded, CPU kernels compiled for {library['capability']}")
     elif build["native_cpu"]:
         lines.append(f"native library: built but not loaded: {library['reason']}")
     else:
         lines.append("native library: none")
+    if facts["native_cuda"]["loaded"]:
+        lines.append(f"native CUDA library: loaded, for {' '.join(facts['native_cuda']['architectures'])}")
+    elif build["native_cuda"]:
+        lines.append(f"native CUDA library: built but not loaded: {facts['native_cuda']['reason']}")
     lines.append("backends:")
     width = max((len(row["device"]) for row in facts["devices"]), default=0)
     lines.extend(f"  {row['device']:{width}}  {row['backend']}: {row['reason']}" for row in facts["devices"])
     return lines
+
+
+def _cuda_line(build: dict[str, Any]) -> str:
+    if not build["native_cuda"]:
+        return f"built: no CUDA kernels: {build['cuda_reason']}"
+    left_out = build["architectures_left_out"]
+    too_old = f" (not for {' '.join(left_out)}, older than the kernels can serve)" if left_out else ""
+    return (
+        f"built: CUDA kernels for {' '.join(build['architectures'])}{too_old}, "
+        f"with nvcc {build['nvcc']} against torch's CUDA {build['torch_cuda']}"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
-"""`python -m tools.dev setup|build|test|lint|bench|clean`: every development command, each from a fresh clone.
+"""`python -m tools.dev setup|build|test|test-kernels|gpu|lint|bench|clean`: every development command, each from a fresh clone.
 
-Arguments after the command go to pytest (`test`) or to the benchmark (`bench`). The Makefile's targets are these.
+Arguments after the command go to pytest (`test`), to the benchmark (`bench`) or to `tools/gpu.py` (`gpu`), or name
+proofs (`test-kernels`). The Makefile's targets are these.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from tools.environment import CannotSetUp, install_peers, prepare
+from tools.gpu import main as run_on_gpu
+from tools.kernels import prove
 from tools.native import clean, ensure_built
 
 PYTHON_FLOOR = (3, 10)
@@ -24,7 +27,7 @@ def setup(extra: list[str]) -> int:
 
 
 def build(extra: list[str]) -> int:
-    """the native library, in place, if its sources changed"""
+    """the native libraries, in place, if their sources changed"""
     ensure_built(prepare())
     return 0
 
@@ -36,6 +39,18 @@ def test(extra: list[str]) -> int:
     ensure_built(environment)
     # Two, whatever the machine: most tests are short and single-threaded, and importing torch takes longer than many.
     return environment.run("-m", "pytest", *(extra or ["--numprocesses=2", "--dist=loadgroup"]))
+
+
+def test_kernels(extra: list[str]) -> int:
+    """the proofs of the GPU kernels that need nvcc and no GPU; or those that the arguments name"""
+    environment = prepare("test")
+    ensure_built(environment)
+    return prove(environment, extra)
+
+
+def gpu(extra: list[str]) -> int:
+    """build, test and measure on this machine's GPU, with the Python that is here, in ten minutes"""
+    return run_on_gpu(extra)
 
 
 def lint(extra: list[str]) -> int:
@@ -63,6 +78,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "setup": setup,
     "build": build,
     "test": test,
+    "test-kernels": test_kernels,
+    "gpu": gpu,
     "lint": lint,
     "bench": bench,
     "clean": tidy,
@@ -75,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m tools.dev",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__,
-        epilog="\n".join(f"  {name:6} {command.__doc__}" for name, command in COMMANDS.items()),
+        epilog="\n".join(f"  {name:12} {command.__doc__}" for name, command in COMMANDS.items()),
     )
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("extra", nargs=argparse.REMAINDER, help="arguments for pytest or the benchmark")

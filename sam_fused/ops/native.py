@@ -121,8 +121,10 @@ def reason_not(device: torch.device) -> str | None:
     """None if the libraries can serve ``device``, else the cause and the remedy."""
     if device.type == "cpu":
         return status().reason
-    if device.type != "cuda" or torch.version.cuda is None:
+    if device.type != "cuda":
         return f"the native library has kernels for the CPU and CUDA, not for {device.type}"
+    if torch.version.cuda is None:
+        return f"this torch is built for {_torch_is_for()}, not for CUDA; install a CUDA build of torch"
     if not cuda_status().loaded:
         return cuda_status().reason
     return uncovered(device)

@@ -34,13 +34,20 @@ THREADS = 64
 # A table of 37 tensors, 16 hyper-parameters and 53 words a launch: lists of a usual length overflow them.
 SMALL_ARGUMENTS = "-DSAM_FUSED_SMALL_ARGUMENTS"
 
+# "full" in this variable: the sizes that users get.
+SIZES_VARIABLE = "SAM_FUSED_EMULATED_ARGUMENTS"
+
 
 def is_sanitized() -> bool:
     """Whether this process was started with the sanitizers' runtimes (``build_emulated.sanitizer_environment``)."""
     return "libasan" in os.environ.get("LD_PRELOAD", "")
 
 
-def build(folder: Path, *, small_arguments: bool = True) -> Path:
+def has_small_arguments() -> bool:
+    return os.environ.get(SIZES_VARIABLE) != "full"
+
+
+def build(folder: Path) -> Path:
     torch_folder = Path(torch.__file__).parent
     flags = [
         f"-I{CSRC}",
@@ -55,14 +62,14 @@ def build(folder: Path, *, small_arguments: bool = True) -> Path:
         "-ltorch_cpu",
         "-lc10",
         f"-Wl,-rpath,{torch_folder / 'lib'}",
-        *([SMALL_ARGUMENTS] if small_arguments else []),
+        *([SMALL_ARGUMENTS] if has_small_arguments() else []),
     ]
     return Build(folder, NAME, SOURCES, sanitize=is_sanitized(), flags=flags).finish()
 
 
 def built_once() -> Path:
     """The library, compiled when its sources have changed; kept beside the other things that tools leave in ``.dev``."""
-    digest = hashlib.sha256(f"{torch.__version__} {is_sanitized()}".encode())
+    digest = hashlib.sha256(f"{torch.__version__} {is_sanitized()} {has_small_arguments()}".encode())
     for path in sorted([*CSRC.rglob("*"), *Path(__file__).parent.rglob("*.[hpc]*")]):
         if path.is_file():
             digest.update(path.read_bytes())

@@ -106,8 +106,6 @@ WRITTEN = {
 @pytest.mark.parametrize("case", [c for c in WIDEST if c.op in WRITTEN], ids=str)
 def test_versions_of_everything_written_increase(case, runner):
     prepared = runner.startswith("prepared")
-    if prepared and case.backup_exists:
-        pytest.skip("the prepared door has no backup_exists")
     lists = make_lists(SOME, [torch.float32], case)
     before = {role: [t._version for t in lists.of(role)] for role in (*TAKES[case.op], "steps")}
     run(case, runner, lists)

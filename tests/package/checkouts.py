@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKED = ("csrc", "sam_fused", "setup.py", "build_native.py", "pyproject.toml", "MANIFEST.in")
+PACKED = ("csrc", "sam_fused", "setup.py", "build_native.py", "build_cuda.py", "pyproject.toml", "MANIFEST.in")
 DOCUMENTS = ("README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md")
 PIP_INSTALL = ("-m", "pip", "install", "--no-deps", "--ignore-installed", "--disable-pip-version-check")
 
@@ -29,6 +29,9 @@ def clean_environment(**changes):
         "PYTHONHOME",
         "SAM_FUSED_BUILD",
         "SAM_FUSED_BACKEND",
+        "CUDA_HOME",
+        "CUDA_PATH",
+        "TORCH_CUDA_ARCH_LIST",
         "PIP_NO_BUILD_ISOLATION",
         "PIP_QUIET",
     )

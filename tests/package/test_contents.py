@@ -3,8 +3,6 @@
 import email
 import json
 import re
-import shutil
-import subprocess
 import tarfile
 import zipfile
 from pathlib import PurePosixPath
@@ -13,6 +11,7 @@ import pytest
 
 import build_native
 from checkouts import DOCUMENTS, ROOT
+from symbols import DynamicSymbols
 
 DIST_INFO = "sam_fused-0.1.0.dist-info/"
 
@@ -43,8 +42,9 @@ def test_native_wheel_holds_the_modules_one_library_and_nothing_else(native_whee
     assert re.fullmatch(r"sam_fused-0\.1\.0-cp310-abi3-\w+\.whl", native_wheel.name)
     assert wheel_files(native_wheel) == PURE | modules() | {"sam_fused/_C.abi3.so"}
     record = json.loads(read(native_wheel, "sam_fused/_build_record.json"))
-    assert record["native"] == {"cpu": True}
+    assert record["native"] == {"cpu": True, "cuda": False}
     assert record["mode"] == "cpu"
+    assert "SAM_FUSED_BUILD=cpu" in record["cuda"]["reason"]
     assert record["reason"] is None
     assert record["torch"]
     assert record["compiler"]
@@ -55,8 +55,9 @@ def test_pure_wheel_is_for_any_machine_and_has_no_library_of_an_earlier_build(pu
     assert wheel_files(pure_wheel) == PURE | modules()
     assert b"Root-Is-Purelib: true" in read(pure_wheel, DIST_INFO + "WHEEL")
     record = json.loads(read(pure_wheel, "sam_fused/_build_record.json"))
-    assert record["native"] == {"cpu": False}
+    assert record["native"] == {"cpu": False, "cuda": False}
     assert "SAM_FUSED_BUILD=none" in record["reason"]
+    assert record["cuda"]["reason"] == record["reason"]
 
 
 def test_metadata_asks_for_torch_only(pure_wheel):
@@ -75,40 +76,26 @@ def test_sdist_holds_what_a_build_needs_and_the_documents(sdist):
     native = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "csrc").rglob("*")
-        if path.suffix in (".cpp", ".h", ".inl") and path.is_file()
+        if path.suffix in (".cpp", ".h", ".inl", ".cu", ".cuh") and path.is_file()
     }
     made = {"PKG-INFO", "setup.cfg"} | {name for name in names if name.startswith("sam_fused.egg-info/")}
-    wanted = {"setup.py", "build_native.py", "pyproject.toml", "MANIFEST.in", *DOCUMENTS, "sam_fused/py.typed"}
+    wanted = {"setup.py", "build_native.py", "build_cuda.py", "pyproject.toml", "MANIFEST.in", *DOCUMENTS, "sam_fused/py.typed"}
     assert names == wanted | native | modules() | made
 
 
 @pytest.fixture(scope="module")
-def symbols(native_wheel, tmp_path_factory):
-    """The dynamic symbols of the library: (those it wants, those it offers)."""
-    if shutil.which("nm") is None:
-        pytest.skip("needs nm")
-    library = tmp_path_factory.mktemp("library") / "_C.abi3.so"
-    library.write_bytes(read(native_wheel, "sam_fused/_C.abi3.so"))
-    listing = subprocess.run(["nm", "-D", str(library)], capture_output=True, text=True, check=True).stdout
-    rows = [line.split()[-2:] for line in listing.splitlines()]
-    wanted = {name.split("@")[0] for kind, name in rows if kind == "U"}
-    return wanted, {name.split("@")[0] for kind, name in rows if kind in "TDBR"}
+def library(native_wheel, tmp_path_factory):
+    path = tmp_path_factory.mktemp("library") / "_C.abi3.so"
+    path.write_bytes(read(native_wheel, "sam_fused/_C.abi3.so"))
+    return DynamicSymbols(path)
 
 
-def test_library_uses_only_the_stable_abis(symbols):
-    wanted, _ = symbols
-    # Mangled names of torch's namespaces (at, c10, torch) are what changes between its versions.
-    assert not [name for name in wanted if re.match(r"_ZN?K?(2at|3c10|5torch)", name)]
-    # Python's private names, and its immortal-object layout, are outside the limited API.
-    assert not [name for name in wanted if name.startswith("_Py") and not name.endswith("Struct")]
-    assert any(name.startswith(("aoti_torch_", "torch_")) for name in wanted)
+def test_library_uses_only_the_stable_abis(library):
+    library.check_wanted()
 
 
-def test_library_offers_its_entry_point_only(symbols):
-    _, offered = symbols
-    own = {name for name in offered if not name.startswith("_Z")}  # inline functions of the C++ library stay weak or not
-    assert own - {"_init", "_fini", "_edata", "_end", "__bss_start"} == {"PyInit__C"}
-    assert not [name for name in offered if "sam_fused" in name]
+def test_library_offers_its_entry_point_only(library):
+    library.check_offered("PyInit__C")
 
 
 def test_library_does_not_name_the_folder_it_was_built_in(native_wheel, checkout):
