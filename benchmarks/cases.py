@@ -79,10 +79,13 @@ def _vit_small() -> Iterator[Shape]:
 
 def _gpt2() -> Iterator[Shape]:
     """GPT-2, 124 M: 12 layers, 768 wide, vocabulary 50,257, 1,024 positions. The output layer shares the embedding."""
-    width = 768
+    yield from _gpt(layers=12, width=768)
+
+
+def _gpt(layers: int, width: int) -> Iterator[Shape]:
     yield (50257, width)
     yield (1024, width)
-    for _ in range(12):
+    for _ in range(layers):
         yield from ((width,), (width,))
         yield from ((width, 3 * width), (3 * width,))
         yield from ((width, width), (width,))
@@ -90,6 +93,11 @@ def _gpt2() -> Iterator[Shape]:
         yield from ((width, 4 * width), (4 * width,))
         yield from ((4 * width, width), (width,))
     yield from ((width,), (width,))
+
+
+def _gpt_1b() -> Iterator[Shape]:
+    """GPT-2's rules at 18 layers, 2,048 wide, vocabulary 50,257, 1,024 positions: a little over a billion parameters."""
+    yield from _gpt(layers=18, width=2048)
 
 
 def _lora() -> Iterator[Shape]:
@@ -119,6 +127,7 @@ SETS: dict[str, ParameterSet] = {
         ParameterSet("gpt2", "GPT-2 124M", 148, 124_439_808, _gpt2),
         ParameterSet("lora", "512 LoRA tensors", 512, 6_291_456, _lora),
         ParameterSet("tiny", "120 tiny tensors", 120, 171_720, _tiny),
+        ParameterSet("gpt_1b", "GPT 1 B", 220, 1_011_476_480, _gpt_1b),
         # For the smoke run and the tests only: never part of a published table.
         ParameterSet("smoke", "smoke", 6, 12_716, lambda: iter([(64, 64), (64,), (65, 65), (64, 65), (65,), (53, 2)])),
     )
@@ -128,13 +137,20 @@ DEFAULT_SETS = ("resnet50", "lora", "tiny")
 FULL_SETS = ("resnet50", "vit_s", "gpt2", "lora", "tiny")
 
 
-def make_parameters(shapes: list[Shape], seed: int) -> list[torch.nn.Parameter]:
-    """fp32 parameters of these shapes, about as large as trained weights (standard deviation 0.05)."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).mul_(0.05)) for shape in shapes]
+def _random(shapes: list[Shape], seed: int, size: float, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    return [torch.randn(shape, generator=generator, device=device, dtype=dtype).mul_(size) for shape in shapes]
 
 
-def make_gradients(shapes: list[Shape], seed: int) -> list[torch.Tensor]:
-    """fp32 gradients of these shapes, each in a storage of its own as autograd makes them."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator).mul_(0.01) for shape in shapes]
+def make_parameters(
+    shapes: list[Shape], seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[torch.nn.Parameter]:
+    """Parameters of these shapes, about as large as trained weights (standard deviation 0.05)."""
+    return [torch.nn.Parameter(values) for values in _random(shapes, seed, 0.05, device, dtype)]
+
+
+def make_gradients(
+    shapes: list[Shape], seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
+    """Gradients of these shapes, each in a storage of its own as autograd makes them."""
+    return _random(shapes, seed, 0.01, device, dtype)

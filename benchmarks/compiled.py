@@ -77,8 +77,7 @@ class CompiledSAM:
         self.weights = [p.data for p in params]
         self.other = [torch.empty_like(w) for w in self.weights]
         self.state = [[torch.zeros_like(w) for w in self.weights] for _ in range(1 if base == "sgd" else 2)]
-        self.step_size = torch.zeros(())
-        self.correction = torch.zeros(())
+        self.step_size, self.correction = (torch.zeros((), device=params[0].device) for _ in range(2))
         self.steps = 0
         perturb = _perturb_into if swap else _perturb_in_place
         self._perturb = torch.compile(perturb, fullgraph=True, dynamic=False)

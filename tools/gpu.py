@@ -26,7 +26,7 @@ from tools.gpu_machine import describe, find_sanitizer, slug
 from tools.gpu_steps import Outcome, Step, run_step
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
-SECONDS = 585.0
+SECONDS = 570.0
 # Kept for the benchmark, however long the tests take; and what a step gets at least before it is not begun at all.
 BENCHMARK_SECONDS, LEAST_SECONDS = 150.0, 10.0
 NEEDS_CARD = "needs a CUDA device: this is a rehearsal"
@@ -53,7 +53,10 @@ def _has(module: str) -> bool:
 
 def sanitizer_step(tool: str, backend: str, sanitizer: str | None) -> Step:
     suite = (sys.executable, "-m", "tests.gpu.sanitized_suite", backend)
-    command = (sanitizer or "compute-sanitizer", f"--tool={tool}", "--error-exitcode=86", "--print-limit=20", *suite)
+    # torch asks the driver for functions that it may not have; to memcheck each such answer is an error of the program's.
+    quiet = ("--report-api-errors=no",) if tool == "memcheck" else ()
+    options = (f"--tool={tool}", *quiet, "--error-exitcode=86", "--print-limit=20")
+    command = (sanitizer or "compute-sanitizer", *options, *suite)
     reason = None if sanitizer else "compute-sanitizer is neither on PATH nor in CUDA_HOME/bin; install the CUDA toolkit's"
     return Step(f"{tool} {backend}", command, 75.0, variables=NO_POOL, not_run=reason)
 
@@ -71,7 +74,7 @@ def plan(machine: dict[str, Any], folder: Path, name: str) -> list[Step]:
             variables={"SAM_FUSED_BUILD": "cuda", "MAX_JOBS": str(os.cpu_count() or 2), **architecture},
         ),
         Step("info", (sys.executable, "-m", "sam_fused.info"), 45.0),
-        pytest_step("tests on the card", 120.0, "tests/gpu"),
+        pytest_step("tests on the card", 120.0, "tests/gpu", processes=processes),
         pytest_step("ops", 150.0, *ON_CARD, "tests/ops", processes=processes),
         pytest_step("optim", 150.0, *ON_CARD, "tests/optim", processes=processes),
         *(sanitizer_step(tool, "native", sanitizer) for tool in ("memcheck", "racecheck")),

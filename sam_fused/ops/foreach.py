@@ -162,10 +162,9 @@ def perturb_(
             ratio = rho / (norm + perturb_eps)
             if inv_scale is not None:
                 ratio = ratio * inv_scale
-            sound = norm.isfinite() & (norm != 0) & ratio.isfinite()
+            sound = norm.isfinite() & (norm != 0) & ratio.isfinite() & (ratio != 0)
             # where() and not a product with zero: 0 * inf is NaN.
-            scaled_directions = torch._foreach_mul(directions, ratio.to(directions[0].dtype))
-            steps = [torch.where(sound, step, 0) for step in scaled_directions]
+            steps = [torch.where(sound, direction * ratio.to(direction.dtype), 0) for direction in directions]
             torch._foreach_add_(moved, steps)
         rounded = [(param, wide) for param, wide in zip(stored, moved, strict=True) if wide is not param]
         if rounded:

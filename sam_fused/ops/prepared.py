@@ -1,8 +1,8 @@
 """Tensors that go through a step together, with what does not change between steps looked up once.
 
 A ``TensorSet`` is what the optimizer layer talks to. It has two ways into the same kernels. The fast one, for backends with
-compiled kernels (``DOORS``) and plain tensors, keeps an int64 table with one row per tensor (``TensorRow`` in ``csrc/plan.h``) and hands over one
-int64 tensor of the fresh gradients' addresses: marshalling eight lists of 161 tensors into C++ costs 0.2 ms, more than the
+compiled kernels (``DOORS``) and plain tensors, keeps an int64 table with one row per tensor (``TensorRow`` in
+``csrc/plan.h``) and hands over one int64 tensor of the fresh gradients' addresses: marshalling eight lists of 161 tensors into C++ costs 0.2 ms, more than the
 arithmetic of a small model. Everything an address stands for is checked on every step: ``is_current`` holds each cached
 address against the tensor's present one (whoever keeps a set asks before using it, and makes a new one if not), ``checked``
 looks at each gradient's type, device, dtype, size and layout. Whatever does not fit, and whatever a compiler or a dispatch
@@ -331,8 +331,8 @@ class TensorSet:
             return
         self.first = [0] * len(self.params)
         if self._fast is None or (found_inf is not None and not found_inf.is_cpu and by_the_table):
-            # Whether a device skipped the step is not asked: its table keeps ``first`` until a step is taken. (Should such a set
-            # go through lists later, its buffer of zeros is taken for one that was created; only dampening could tell.)
+            # Whether a device skipped the step is not asked: its table keeps ``first`` until a step is taken. (Should such a
+            # set go through lists later, its buffer of zeros is taken for one that was created; only dampening could tell.)
             return
         self._fast.rows[:, FIRST] = 0
         if not by_the_table:

@@ -83,6 +83,10 @@ def fused_base(base: Optimizer) -> FusedBase | None:
     return family
 
 
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def _on_cuda(group: dict[str, Any]) -> bool:
     """Whether ``capturable`` changes nothing: our kernels always are. A learning rate on the device only torch's own read."""
     lr_is_there = isinstance(group["lr"], Tensor) and not group["lr"].is_cpu
@@ -109,13 +113,13 @@ class FusedState:
         self._moved: list[tuple[Tensor, Tensor, Tensor]] = []  # step counts: the parameter's, there, and as it was
         self._seen: tuple[Any, list[Any]] | None = None
         self._watched: list[Any] = []
-        unused = torch.empty(0, dtype=torch.float32, device="cpu")
+        unused = {device: torch.empty(0, dtype=torch.float32, device=device) for device in {p.device for p in params}}
         for param, keys in zip(params, self._keys, strict=True):
             state = base.state.get(param, {})
             created = False
             for column, key in zip(self.columns, family.all_state_keys, strict=True):
                 if key not in keys:
-                    column.append(unused)
+                    column.append(unused[param.device])
                     continue
                 value = state.get(key)
                 if value is None:
@@ -135,7 +139,17 @@ class FusedState:
                     self._moved.append((param, step, here))
                 self.steps.append(step)
         # A column that no group uses is passed as an empty list.
-        self.columns = [c if any(t is not unused for t in c) else [] for c in self.columns]
+        self.columns = [c if any(t is not unused.get(t.device) for t in c) else [] for c in self.columns]
+        self._refuse_to_be_captured()
+
+    def _refuse_to_be_captured(self) -> None:
+        """State that a graph creates would be created again by each of its replays."""
+        new = [*(value for _, _, value in self._missing), *(there for _, there, _ in self._moved)]
+        if not all(tensor.is_cpu for tensor in new) and _is_capturing():
+            raise RuntimeError(
+                "step(): expected the base optimizer's state to exist before a CUDA graph captures a step, got a first step: "
+                "take one step before the capture."
+            )
 
     def commit(self) -> None:
         """Enters what was missing into the base optimizer's state."""

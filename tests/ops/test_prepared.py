@@ -331,7 +331,7 @@ def test_the_last_pass_clears_the_cell(op, backend):
     tensors = TensorSet([w], [backup], backend=backend, states=states, steps=steps, perturbed=cell)
     hyper = SGD if op == "restore_sgd_" else table([[0.0, 0.9, 0.999, 1e-8, 0, 0, 0, 0]])
     if op == "restore_sgd_":
-        hyper = hyper * torch.tensor([0.0, 1, 1, 1, 1, 1], dtype=torch.float64)
+        hyper = hyper * table([[0.0, 1, 1, 1, 1, 1]])
     getattr(tensors, op)(tensors.checked([torch.ones(4)]), hyper)
     assert bool((w == 1).all()) and int(cell) == 0
 

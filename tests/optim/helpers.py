@@ -6,6 +6,8 @@ import re
 
 import torch
 
+from tests.devices import randn
+
 BACKENDS = ("native", "foreach", "reference")
 FORMS = ("closure", "perturbed", "first_second")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -152,9 +154,9 @@ class Regression:
         ).to(dtype)
         with torch.no_grad():
             for param in self.model.parameters():
-                param.copy_(torch.randn(param.shape, generator=generator, dtype=torch.float64) * 0.5)
-        self.x = torch.randn(16, 6, generator=generator, dtype=torch.float64).to(dtype)
-        self.y = torch.randn(16, 3, generator=generator, dtype=torch.float64).to(dtype)
+                param.copy_(randn(param.shape, generator, torch.float64) * 0.5)
+        self.x = randn((16, 6), generator, torch.float64).to(dtype)
+        self.y = randn((16, 3), generator, torch.float64).to(dtype)
         self.calls = 0
 
     @property

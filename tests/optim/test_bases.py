@@ -353,6 +353,7 @@ def test_a_watched_base_runs_its_own_step(monkeypatch, backend, base_class, watc
     torch.testing.assert_close(case.params, plain.params, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.cpu_only  # on CUDA it is served: tests/gpu/test_graphs.py
 def test_capturable_adam_is_left_to_torch(backend):
     case = Regression()
     optimizer = SAM(case.params, Adam, lr=0.01, capturable=True, backend=backend)

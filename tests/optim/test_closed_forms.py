@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sam_fused import SAM
+from tests.devices import randn
 from tests.optim.helpers import (
     BACKENDS,
     DTYPES,
@@ -201,7 +202,7 @@ def test_zero_rho_is_adam_within_roundings(backend, base_class, dtype):
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "weight_decay": 0.1}], ids=["plain", "momentum"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_zero_learning_rate_moves_nothing_ever(backend, form, dtype, options):
-    params = [torch.nn.Parameter(torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)) for n in (1, 7, 65)]
+    params = [torch.nn.Parameter(randn(n, torch.Generator().manual_seed(n)).to(dtype)) for n in (1, 7, 65)]
     optimizer = SAM(params, torch.optim.SGD, rho=0.7, lr=0.0, backend=backend, **options)
     before = snapshot(params)
     for _ in range(8):
@@ -308,9 +309,9 @@ def test_length_of_the_perturbation_is_rho(backend, adaptive, dtype, tolerance):
     """||e|| = rho, and ||T^-1 e|| = rho for ASAM."""
     generator = torch.Generator().manual_seed(3)
     shapes = [(), (1,), (17,), (5, 33), (2, 3, 4)]
-    params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+    params = [torch.nn.Parameter(randn(s, generator).to(dtype)) for s in shapes]
     clean = [p.detach().double().clone() for p in params]
-    grads = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+    grads = [randn(s, generator).to(dtype) for s in shapes]
     moved = perturbation(params, grads, backend, rho=0.3, adaptive=adaptive)
     scaled = [m / c.abs() if adaptive else m for m, c in zip(moved, clean, strict=True)]
     assert math.sqrt(sum((s**2).sum().item() for s in scaled)) == pytest.approx(0.3, rel=tolerance)

@@ -46,6 +46,27 @@ def test_step_counts_of_a_checkpoint_move_to_the_parameters_device(params):
     assert state.is_current()
 
 
+@pytest.mark.parametrize("base_class", [SGD, Adam])
+def test_a_graph_may_not_capture_the_creation_of_state(base_class, params, monkeypatch):
+    """Each replay would create it again: a momentum of zeros, a step count of 1."""
+    options = {"momentum": 0.9} if base_class is SGD else {}
+    base = base_class(params, lr=0.1, **options)
+    state = state_of(base, params)
+    monkeypatch.setattr(bases, "_is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="take one step before the capture"):
+        state_of(base, params)
+    assert not base.state
+    state.commit()
+    assert state_of(base, params).columns[0][0] is base.state[params[0]][bases._FAMILIES[base_class].all_state_keys[0]]
+
+
+def test_a_group_without_use_for_a_state_does_not_need_one_on_its_device(params):
+    base = SGD([{"params": params[:1], "momentum": 0.9}, {"params": params[1:], "momentum": 0.0}], lr=0.1)
+    state = FusedState(fused_base(base), base, params, base.param_groups)
+    assert [tuple(t.size()) for t in state.columns[0]] == [(3,), (0,)]
+    assert all(t.device == META for t in state.columns[0])
+
+
 def test_a_scalar_goes_to_the_device_that_reads_it():
     scalar = torch.tensor(0.5)
     assert descent._on(scalar.device, scalar) is scalar and descent._on(META, None) is None

@@ -11,6 +11,7 @@ from torch.optim import SGD, Adam, AdamW, RMSprop
 import sam_fused
 from sam_fused import SAM
 from sam_fused.optim.state import State
+from tests.devices import default
 from tests.optim.helpers import (
     Regression,
     assert_one_sentence,
@@ -350,7 +351,7 @@ def test_first_pass_done_uses_a_first_pass_over_several_chunks(backend):
 
 
 def scaler(scale=2.0**10):
-    return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+    return torch.amp.GradScaler(default().type, init_scale=scale, growth_interval=1000)
 
 
 def test_a_closure_through_the_scaler_is_refused(backend, base):
@@ -529,7 +530,7 @@ def test_a_scaled_step_does_not_write_into_the_gradients(backend, base):
 def test_a_disabled_scaler_is_no_scaler(backend):
     ours, plain = Regression(torch.float32), Regression(torch.float32)
     optimizer, reference = make(ours.params, BASES["SGD"], backend), make(plain.params, BASES["SGD"], backend)
-    amp = torch.amp.GradScaler("cpu", enabled=False)
+    amp = torch.amp.GradScaler(default().type, enabled=False)
     amp.step(optimizer, ours.evaluate)
     reference.step(plain.evaluate)
     assert_same_bits(ours.params, plain.params)

@@ -12,6 +12,7 @@ from sam_fused.ops import prepared
 from sam_fused.ops.prepared import TensorSet
 from sam_fused.optim.ascent import Part
 from sam_fused.optim.state import State
+from tests.devices import default
 from tests.optim.helpers import assert_one_sentence, assert_same_bits, backward_of, parameter, snapshot
 
 
@@ -337,7 +338,7 @@ def test_unscaling_before_the_second_pass_is_refused(backend, base_class, by_han
     w, clean = torch.nn.Parameter(torch.tensor([1.0])), 1.0
     optimizer = SAM([w], base_class, rho=0.1, lr=0.001, backend=backend)
     for early in (True, False, True):  # the second time there is a finished step behind it
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler = torch.amp.GradScaler(default().type, init_scale=1024.0)
         optimizer.zero_grad()
         scaler.scale((w**2).sum()).backward()
         if early:

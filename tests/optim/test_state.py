@@ -15,6 +15,7 @@ from torch.optim import SGD, Adam, AdamW, RMSprop, lr_scheduler
 
 from sam_fused import SAM
 from sam_fused.ops.backends import available_backends
+from tests.devices import default
 from tests.optim.helpers import (
     Regression,
     assert_same_bits,
@@ -150,7 +151,8 @@ from sam_fused import SAM
 from tests.optim.helpers import Regression
 from tests.optim.test_state import BASES, make
 torch.set_num_threads(1)
-for name, backend in [item.split(":") for item in sys.argv[3:]]:
+torch.set_default_device(sys.argv[3])
+for name, backend in [item.split(":") for item in sys.argv[4:]]:
     saved = torch.load(f"{sys.argv[2]}/{name}-{backend}.pt", weights_only=True)
     case = Regression(torch.float32, seed=9)
     case.model.load_state_dict(saved["model"])
@@ -164,7 +166,7 @@ for name, backend in [item.split(":") for item in sys.argv[3:]]:
 
 
 def test_resumes_in_a_fresh_process(tmp_path):
-    usable = [name for name, reason in available_backends("cpu").items() if reason is None]
+    usable = [name for name, reason in available_backends(default()).items() if reason is None]
     runs = {}
     for backend in usable:
         for name, base in BASES.items():
@@ -174,7 +176,7 @@ def test_resumes_in_a_fresh_process(tmp_path):
             runs[f"{name}-{backend}"] = case, optimizer
     root = Path(__file__).parents[2]
     items = [f"{name}:{backend}" for name in BASES for backend in usable]
-    command = [sys.executable, "-c", _RESUME, str(root), str(tmp_path), *items]
+    command = [sys.executable, "-c", _RESUME, str(root), str(tmp_path), str(default()), *items]
     subprocess.run(command, check=True, timeout=120, cwd=root)
     for run, (case, optimizer) in runs.items():
         for _ in range(3):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sam_fused import SAM
+from tests.devices import randn
 from tests.optim.helpers import FORMS, NaiveSAM, Regression, assert_same_bits, take_step
 
 STEPS = 100
@@ -131,7 +132,7 @@ def test_mixed_dtypes_in_one_optimizer(backend, form):
     def problem():
         generator = torch.Generator().manual_seed(1)
         dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
-        params = [torch.nn.Parameter(torch.randn(33, generator=generator).to(dtype)) for dtype in dtypes]
+        params = [torch.nn.Parameter(randn(33, generator).to(dtype)) for dtype in dtypes]
 
         def evaluate():
             loss = sum(((p.double() - 0.5) ** 2).sum() for p in params)

@@ -11,17 +11,16 @@ from tools.environment import CannotSetUp, Environment, project, requirements
 from tools.kernels import PROOFS, Proof, Run, prove
 
 
-def test_every_test_file_is_run_by_make_test_or_make_test_kernels_or_make_gpu():
+def test_every_test_file_is_run_by_make_test_or_make_test_kernels():
     paths = project()["tool"]["pytest"]["ini_options"]["testpaths"]
     ordinary = {
         file for path in paths for file in ([ROOT / path] if path.endswith(".py") else (ROOT / path).rglob("test_*.py"))
     }
     patterns = [pattern for proof in PROOFS for run in proof.runs for pattern in run.files]
     proving = {file for pattern in patterns for file in ROOT.glob(pattern)}
-    gpu = set((ROOT / "tests" / "gpu").rglob("test_*.py"))
-    assert set((ROOT / "tests").rglob("test_*.py")) == ordinary | proving | gpu
+    assert set((ROOT / "tests").rglob("test_*.py")) == ordinary | proving
     # Interpreted and compiled Triton cannot share a process, so no session may collect them together.
-    assert not [file for file in ordinary if {"kernels", "gpu"} & set(file.relative_to(ROOT).parts)]
+    assert not [file for file in ordinary if "kernels" in file.relative_to(ROOT).parts]
 
 
 def test_requirements_of_other_systems_are_left_out(monkeypatch):

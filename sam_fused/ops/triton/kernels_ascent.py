@@ -124,12 +124,12 @@ def sum_of_squares(
 @triton.jit
 def _norm_of(small, middle, big):
     """The root of three sums whose scales are 2^600, 1 and 2^-600; a smaller one matters only if the next is empty or close."""
-    down = tl.full((), 2.0**-600, tl.float64)
+    one = tl.full((), 1.0, tl.float64)
     up = tl.full((), 2.0**600, tl.float64)
-    of_big = square_root(big + middle * down * down) * up
-    of_middle = square_root(middle + small * down * down)
-    of_small = square_root(small) * down
-    return tl.where(big != 0, of_big, tl.where(middle != 0, of_middle, of_small))
+    down = tl.full((), 2.0**-600, tl.float64)
+    low = tl.where(middle != 0, middle + small * down * down, small)
+    low_scale = tl.where(middle != 0, one, down)
+    return square_root(tl.where(big != 0, big + middle * down * down, low)) * tl.where(big != 0, up, low_scale)
 
 
 @triton.jit

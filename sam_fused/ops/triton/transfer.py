@@ -32,5 +32,5 @@ def by_value(words: Tensor, device: torch.device) -> Tensor:
     values = words.tolist() + [0] * (padded - words.numel())
     for start in range(0, padded, _WORDS_PER_LAUNCH):
         halves = [half for word in values[start : start + _WORDS_PER_LAUNCH] for half in (word >> 32, word & 0xFFFFFFFF)]
-        write_words[(1,)](there[start:], tuple(half + BIAS.value for half in halves), num_warps=1)
+        write_words[(1,)](there[start:], tuple(2 * half + BIAS.value for half in halves), num_warps=1)
     return there[: words.numel()]
