@@ -42,7 +42,10 @@ TWO_AT_A_TIME = ("--numprocesses=2", "--dist=loadgroup")
 PROOFS = (
     Proof("planner", (Run(("tests/csrc/test_plan.py",)),)),
     Proof("shared-math", (Run(("tests/csrc/test_element.py", "tests/kernels/test_shared_math.py")),)),
-    Proof("emulation", (Run(("tests/kernels/test_emulation.py", "tests/kernels/test_emulated_*.py")),)),
+    Proof(
+        "emulation",
+        (Run(("tests/kernels/test_emulation.py", "tests/kernels/test_emulated_*.py"), options=TWO_AT_A_TIME),),
+    ),
     Proof("wheel", (Run(("tests/kernels/test_wheel_*.py",)),), needs_cuda_torch=True),
     Proof(
         "triton",

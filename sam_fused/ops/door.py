@@ -12,10 +12,10 @@ class Door(Protocol):
     """The operations of ``functional`` on rows. Nothing here waits for a device; addresses were checked by the caller.
 
     ``rows`` is the table of ``ops/rows.py``, on the CPU; ``grads`` an int64 tensor on the CPU with one gradient address per
-    row (0 where the tensor is empty); ``table`` whatever ``table()`` made of ``rows`` for the device, to be reused as long as the
-    rows stay what they were; ``perturbed`` an int64 cell on the CPU, set to 1 by the call that moves the weights and to 0 by
-    the one that brings them back. Scalars are 0-dim fp32 or fp64 tensors on the parameters' device, ``hyper`` a float64 table there
-    or on the CPU.
+    row (0 where the tensor is empty); ``table`` whatever ``table()`` made of ``rows`` for the device, to be reused as long as
+    the rows stay what they were; ``perturbed`` an int64 cell on the CPU, set to 1 by the call that moves the weights and to 0
+    by the one that brings them back. Scalars are 0-dim fp32 or fp64 tensors on the parameters' device, ``hyper`` a float64
+    table there or on the CPU.
     """
 
     def table(self, rows: Tensor, device: torch.device) -> Any:

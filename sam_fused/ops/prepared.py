@@ -2,11 +2,11 @@
 
 A ``TensorSet`` is what the optimizer layer talks to. It has two ways into the same kernels. The fast one, for backends with
 compiled kernels (``DOORS``) and plain tensors, keeps an int64 table with one row per tensor (``TensorRow`` in
-``csrc/plan.h``) and hands over one int64 tensor of the fresh gradients' addresses: marshalling eight lists of 161 tensors into C++ costs 0.2 ms, more than the
-arithmetic of a small model. Everything an address stands for is checked on every step: ``is_current`` holds each cached
-address against the tensor's present one (whoever keeps a set asks before using it, and makes a new one if not), ``checked``
-looks at each gradient's type, device, dtype, size and layout. Whatever does not fit, and whatever a compiler or a dispatch
-mode must see, takes the list operations of ``sam_fused.ops.functional``.
+``csrc/plan.h``) and hands over one int64 tensor of the fresh gradients' addresses: marshalling eight lists of 161 tensors
+into C++ costs 0.2 ms, more than the arithmetic of a small model. Everything an address stands for is checked on every step:
+``is_current`` holds each cached address against the tensor's present one (whoever keeps a set asks before using it, and makes
+a new one if not), ``checked`` looks at each gradient's type, device, dtype, size and layout. Whatever does not fit, and
+whatever a compiler or a dispatch mode must see, takes the list operations of ``sam_fused.ops.functional``.
 """
 
 from __future__ import annotations

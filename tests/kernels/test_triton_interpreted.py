@@ -376,8 +376,9 @@ def test_words_travel_as_arguments():
         assert torch.equal(transfer.by_value(values, CPU), values)
 
 
-def test_a_failed_launch_leaves_the_weights_clean(monkeypatch):
-    """The first signature's weights have moved when the second one's kernel cannot be launched."""
+@pytest.mark.parametrize("after", [False, True], ids=["before the launch", "after the launch"])
+def test_an_interrupt_at_a_launch_leaves_the_weights_clean(after, monkeypatch):
+    """The first signature's weights have moved at the second one's launch, and that one's own with it or not."""
     case = PERTURB_CASES[0]
     lists = make_lists(FITTING[1:9], [torch.float32, torch.bfloat16], case)
     before = lists.copies()
@@ -386,14 +387,16 @@ def test_a_failed_launch_leaves_the_weights_clean(monkeypatch):
 
     def fail_at_the_second(kernel, *arguments, **constants):
         kernels.append(kernel.fn.__name__)
-        if len(kernels) == 2:
+        interrupted = len(kernels) == 2
+        if after or not interrupted:
+            launch(kernel, *arguments, **constants)
+        if interrupted:
             raise KeyboardInterrupt
-        launch(kernel, *arguments, **constants)
 
     monkeypatch.setattr(triton_door, "_launch", fail_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         rows.run(lists.grads)
-    assert kernels == ["perturb", "perturb", "restore"] and int(rows.cell) == 7
+    assert kernels == ["perturb", "perturb"] + ["restore"] * (1 + after) and int(rows.cell) == 0
     assert all(torch.equal(a, b) for a, b in zip(lists.params, before.params, strict=True))
 
 

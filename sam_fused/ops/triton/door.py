@@ -16,6 +16,7 @@ from .. import schema
 from ..door import Door
 from ..dtypes import arithmetic_dtype
 from .table import DeviceTable, Run
+from .transfer import is_capturing
 
 _WARPS = 8
 
@@ -120,24 +121,29 @@ class TritonDoor:
         inv_scale: Tensor | None,
         table: DeviceTable,
     ) -> None:
-        """If a launch fails, those before it are undone: the weights are then clean, and the cell is as it was."""
+        """Whatever is thrown, the launches that took place are undone: the weights are then clean, and the cell says so."""
         from .kernels_ascent import perturb
 
         with table.on_device():
             factors = _on_device(hyper, schema.PERTURB_COLUMNS, table)
             pointers, addresses = table.pointers(), table.grads(grads)
-            launched: list[Run] = []
+            runs = table.runs("grad", "weight")
+            marks, number = table.marks(len(runs)), table.next_number()
             try:
-                for run in table.runs("grad", "weight"):
+                for index, run in enumerate(runs):
                     grad, weight = run.dtypes
-                    arguments = (*pointers, addresses, norm, factors, inv_scale, *run.place)
+                    arguments = (*pointers, addresses, norm, factors, inv_scale, marks[index:], number, *run.place)
                     constants = _constants("WG", (weight, grad), weight)
                     _launch(perturb, run.chunks, *arguments, **constants, BITS=_bits(weight), KEEP=not backup_exists)
-                    launched.append(run)
                 perturbed.fill_(1)
             except BaseException:
-                for run in launched:
-                    _restore(pointers, run, run.dtypes[1])
+                # An interrupt may come after a launch and before anything here could note it: the device knows. (A capture that
+                # fails has launched nothing.)
+                if not is_capturing(table.device):
+                    for run, mark in zip(runs, marks.tolist(), strict=True):
+                        if mark == number:
+                            _restore(pointers, run, run.dtypes[1])
+                    perturbed.fill_(0)
                 raise
 
     def restore_(self, rows: Tensor, perturbed: Tensor, table: DeviceTable) -> None:

@@ -175,7 +175,12 @@ def _perturb_block(weight, backup, grad, element, mask, c, adaptive, KEEP: tl.co
     tl.store(weights, narrowed(perturbed(widened(clean, T), g, c, adaptive), W), mask=mask)
 
 
-@triton.jit(do_not_specialize=["table", "first_chunk", "grads", "norm", "hyper", "inv_scale", "row", "rows", "chunk"])
+@triton.jit(
+    do_not_specialize=[
+        *("table", "first_chunk", "grads", "norm", "hyper", "inv_scale"),
+        *("mark", "number", "row", "rows", "chunk"),
+    ]
+)
 def perturb(
     table,
     first_chunk,
@@ -183,6 +188,8 @@ def perturb(
     norm,
     hyper,  # fp64 [groups, 2]: rho, perturb_eps
     inv_scale,
+    mark,  # gets `number`: this launch took place
+    number: tl.int64,
     row: tl.int64,
     rows: tl.int64,
     chunk: tl.int64,
@@ -193,6 +200,8 @@ def perturb(
     KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    if tl.program_id(0) == 0:
+        tl.store(mark, number)
     chunk += tl.program_id(0)
     row = row_of(chunk, first_chunk, row, rows)
     begin = (chunk - tl.load(first_chunk + row)) * CHUNK_SIZE

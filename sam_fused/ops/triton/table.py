@@ -69,6 +69,7 @@ class DeviceTable:
         self.has_first_steps = any(row[FIRST] for row in listed)
         self._runs: dict[tuple[str, ...], list[Run]] = {}
         self._kept: dict[str, Tensor] = {}
+        self._number = 0
         self._hyper: dict[int, tuple[Tensor, Tensor]] = {}
         self._grads: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
 
@@ -138,6 +139,15 @@ class DeviceTable:
     def ticket(self) -> Tensor:
         """A counter that is 0 between launches."""
         return self._keep("ticket", lambda: torch.zeros(1, dtype=torch.int32, device=self.device))
+
+    def marks(self, count: int) -> Tensor:
+        """A number for each launch of a perturbation: of the last one in which it took place."""
+        return self._keep("marks", lambda: torch.zeros(count, dtype=torch.int64, device=self.device))
+
+    def next_number(self) -> int:
+        """A number for a perturbation, which none before it had."""
+        self._number += 1
+        return self._number
 
     def has_seen(self, hyper: Tensor) -> bool:
         """Whether ``hyper`` is the last table, on the CPU, of its width, to the last value."""
