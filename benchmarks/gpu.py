@@ -99,11 +99,19 @@ class StepBench:
             row.ratio_to_ours = statistics.median(found.ratios)
             row.rounds, row.noisy = len(found.used), found.noisy
             row.host_ms = 1e3 * driver.host_seconds()
-            counted = launches(lambda: driver.step(*self.gradients.next()), self.device)
-            if counted is not None:
-                row.kernels, row.copies = counted.kernels, counted.copies
+            self._count(row, driver)
         except Exception as error:  # whatever a foreign package, a compiler or a full memory raises belongs into its row
             row.reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]
+
+    def _count(self, row: StepRow, driver: StepDriver) -> None:
+        """Launches, where the profiler may count them: a container may forbid it, and the times are known by now."""
+        try:
+            counted = launches(lambda: driver.step(*self.gradients.next()), self.device)
+        except Exception as error:
+            row.remark = f"launches not counted: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]
+            return
+        if counted is not None:
+            row.kernels, row.copies = counted.kernels, counted.copies
 
     def _warm(self, make: Make) -> StepDriver:
         """Built, compiled, its buffers allocated: the steps that do so are over."""

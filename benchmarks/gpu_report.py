@@ -60,6 +60,7 @@ class StepRow:
     rounds: int = 0
     noisy: bool = False
     reason: str | None = None
+    remark: str | None = None
 
 
 @dataclass

@@ -48,8 +48,8 @@ DType code_of(const Tensor& tensor) {
 void check_scalar(const Tensor& scalar, Place place) {
   const ScalarType dtype = scalar.scalar_type();
   STD_TORCH_CHECK(place.holds(scalar) && scalar.numel() == 1 && (dtype == ScalarType::Double || dtype == ScalarType::Float),
-                  "sam_fused: expected a float32 or float64 tensor of one element on the parameters' device, got ",
-                  scalar.numel(), " elements");
+                  "sam_fused: expected scalars to be float32 or float64 tensors of one element on ", place.name(), ", got ",
+                  scalar.numel(), " elements on ", Place::of(scalar).name());
 }
 
 RowList::RowList(Tensors sizes, Place place) : sizes_(std::move(sizes)), place_(place), rows_(sizes_.size()) {
@@ -63,7 +63,8 @@ RowList& RowList::role(Role role, const Tensors& tensors) {
     const Tensor& tensor = tensors[i];
     // An entry that a group has no use for may be any empty tensor, and stays null: refused below where it is needed.
     if (tensor.numel() == 0 && may_be_unused(role)) continue;
-    STD_TORCH_CHECK(place_.holds(tensor), "sam_fused: expected tensor ", i, " of every list on one device");
+    STD_TORCH_CHECK(place_.holds(tensor), "sam_fused: expected tensor ", i, " of every list on ", place_.name(), ", got ",
+                    Place::of(tensor).name());
     if (role == kStep) check_scalar(tensor, place_);
     else {
       STD_TORCH_CHECK(same_layout(sizes_[i], tensor), "sam_fused: expected tensor ", i,
@@ -102,7 +103,8 @@ Rows rows_of(const Tensor& table) {
 
 Rows rows_of(const Tensor& table, const Tensor& grads) {
   const Rows rows = rows_of(table);
-  STD_TORCH_CHECK(grads.is_cpu() && grads.numel() == rows.count && grads.scalar_type() == ScalarType::Long && grads.is_contiguous(),
+  STD_TORCH_CHECK(grads.is_cpu() && grads.numel() == rows.count && grads.scalar_type() == ScalarType::Long &&
+                      grads.is_contiguous(),
                   "sam_fused: expected one int64 gradient address per row");
   const auto* addresses = static_cast<const int64_t*>(grads.data_ptr());
   for (int64_t i = 0; i < rows.count; ++i) {

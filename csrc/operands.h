@@ -1,6 +1,6 @@
-// What the torch-facing files of every device share: lists and prepared tables of tensors become rows, and whatever could make a
-// kernel leave a tensor's memory is checked. Arguments were checked in Python with better sentences; but anybody can call these
-// operations through torch.ops.
+// What the torch-facing files of every device share: lists and prepared tables of tensors become rows, and whatever could make
+// a kernel leave a tensor's memory is checked. Arguments were checked in Python with better sentences; but anybody can call
+// these operations through torch.ops.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "plan.h"
@@ -26,9 +27,12 @@ class Place {
   static Place cpu() { return Place(-1); }
   static Place of(const Tensor& tensor) { return Place(tensor.is_cpu() ? -1 : tensor.get_device_index()); }
 
-  bool holds(const Tensor& tensor) const { return is_cpu() ? tensor.is_cpu() : tensor.is_cuda() && index_ == tensor.get_device_index(); }
+  bool holds(const Tensor& tensor) const {
+    return is_cpu() ? tensor.is_cpu() : tensor.is_cuda() && index_ == tensor.get_device_index();
+  }
   bool is_cpu() const { return index_ < 0; }
   int32_t index() const { return index_; }
+  std::string name() const { return is_cpu() ? "cpu" : "cuda:" + std::to_string(index_); }
 
  private:
   explicit Place(int32_t index) : index_(index) {}

@@ -10,6 +10,7 @@ ended, what did not run and why, and the measurements. The exit status is 0 if n
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -74,7 +75,7 @@ def plan(machine: dict[str, Any], folder: Path, name: str) -> list[Step]:
             variables={"SAM_FUSED_BUILD": "cuda", "MAX_JOBS": str(os.cpu_count() or 2), **architecture},
         ),
         Step("info", (sys.executable, "-m", "sam_fused.info"), 45.0),
-        pytest_step("tests on the card", 120.0, "tests/gpu", processes=processes),
+        pytest_step("tests on the card", 180.0, "tests/gpu", processes=processes),
         pytest_step("ops", 150.0, *ON_CARD, "tests/ops", processes=processes),
         pytest_step("optim", 150.0, *ON_CARD, "tests/optim", processes=processes),
         *(sanitizer_step(tool, "native", sanitizer) for tool in ("memcheck", "racecheck")),
@@ -123,6 +124,17 @@ def run_all(steps: Sequence[Step], folder: Path, seconds: float) -> list[Outcome
     return outcomes
 
 
+NEEDED = ("torch", "numpy", "pytest", "pytest_timeout", "hypothesis", "rich", "matplotlib", "setuptools", "ninja")
+
+
+def _missing() -> str | None:
+    """What this Python lacks of what the steps import: better said before the build than after it."""
+    missing = [name.replace("_", "-") for name in NEEDED if importlib.util.find_spec(name) is None]
+    if not missing:
+        return None
+    return f"expected a Python with {', '.join(missing)}, found none in {sys.executable}; pip install {' '.join(missing)}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -133,8 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
     started = time.monotonic()
     machine = describe()
-    if not options.rehearse and machine["unusable"] is not None:
-        print(f"tools.gpu: {machine['unusable']}; --rehearse goes through the steps without one.", file=sys.stderr)
+    problem = _missing() or (None if options.rehearse else machine["unusable"])
+    if problem is not None:
+        print(f"tools.gpu: {problem}.", file=sys.stderr)
         return 2
     name = f"{slug('rehearsal' if options.rehearse else machine['card'])}-{time.strftime('%Y-%m-%d', time.gmtime())}"
     options.output.mkdir(parents=True, exist_ok=True)

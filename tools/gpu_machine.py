@@ -56,10 +56,12 @@ def describe() -> dict[str, Any]:
     answer = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, cwd=ROOT)
     if answer.returncode != 0:
         said = (answer.stderr.strip().splitlines() or ["nothing"])[-1]
-        return {**found, "unusable": f"expected a torch that this Python can import, got {said}"}
+        return {**found, "unusable": f"expected a torch that this Python can import, got {said}; repair it"}
     found |= json.loads(answer.stdout.splitlines()[-1])
     if not found["devices"]:
-        found["unusable"] = f"expected a CUDA device, torch {found['torch']} sees none"
+        found["unusable"] = (
+            f"expected a CUDA device, torch {found['torch']} sees none; --rehearse goes through the steps without one"
+        )
     return found
 
 

@@ -59,7 +59,8 @@ std::tuple<Tensor, Tensor> grad_norm(Tensors grads, Tensors params, Ints scaling
   RowList list(grads, Place::cpu());
   list.role(kGrad, grads).role(kWeight, params).ints(&TensorRow::scaling, scaling);
   for (const int64_t code : scaling) {
-    STD_TORCH_CHECK(code == 0 || params.size() == grads.size(), "sam_fused: expected params because a tensor is scaled by them");
+    STD_TORCH_CHECK(code == 0 || params.size() == grads.size(),
+                    "sam_fused: expected params because a tensor is scaled by them, got none");
   }
   check_role(list.rows(), kGrad);
   if (!params.empty()) check_role(list.rows(), kWeight);

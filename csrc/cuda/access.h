@@ -28,15 +28,15 @@ struct alignas(sizeof(S) * V) Pack {
   S values[V];
 };
 
-// One store of the whole pack. Spelt out for 16 bytes: left to itself nvcc takes packs apart and stores 4 bytes at a time (seen for
-// sm_80 and sm_90).
+// One store of the whole pack. Spelt out for 16 bytes: left to itself nvcc takes packs apart and stores 4 bytes at a time (seen
+// for sm_80 and sm_90).
 template <class P>
 __device__ void store_whole(P* address, const P& pack) {
 #if defined(__CUDA_ARCH__)
   if constexpr (sizeof(P) == kAccessBytes) {
     const uint4 words = __builtin_bit_cast(uint4, pack);
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)), "r"(words.x), "r"(words.y),
-                 "r"(words.z), "r"(words.w)
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)), "r"(words.x),
+                 "r"(words.y), "r"(words.z), "r"(words.w)
                  : "memory");
     return;
   }

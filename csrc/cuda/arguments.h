@@ -14,8 +14,8 @@ namespace sam_fused::cuda {
 
 // Gradients, hyper-parameters and words of a table that fit into a kernel's arguments.
 //
-// kBlockChunk: elements of a tensor that make one block's work: enough to hide finding them behind the blocks beside it, and few
-// enough that a 25 M parameter model fills an H200 several times over, so that the last blocks to finish leave little of it idle.
+// kBlockChunk: elements of a tensor that make one block's work: enough to hide finding them behind the blocks beside it, and
+// few enough that a 25 M parameter model fills an H200 several times over, so that the last blocks leave little of it idle.
 //
 // kNormSums: blocks of a launch of the norm, and so sums for its last block to add. With more chunks a block takes several.
 //

@@ -70,6 +70,10 @@ __global__ void __launch_bounds__(kThreads, kAscentBlocks) restore_kernel(const 
   copy_chunk(row.address[kWeight], row.address[kBackup], row.dtype(kWeight), chunk);
 }
 
+void restore_part(const Set& set, const Launch& part) {
+  if (part.begin < part.end) launch(restore_kernel, part.end - part.begin, set.stream, RestoreArguments{part});
+}
+
 }  // namespace
 
 void perturb(const Set& set, Scalar norm, const Hyper& hyper, Scalar inv_scale, bool backup_exists) {
@@ -78,18 +82,24 @@ void perturb(const Set& set, Scalar norm, const Hyper& hyper, Scalar inv_scale, 
   arguments.inv_scale = inv_scale;
   arguments.backup_exists = backup_exists;
   arguments.hyper = hyper;
-  for_each_launch(set, [&](const Launch& part) {
-    if (part.begin == part.end) return;
-    arguments.launch = part;
-    fill(arguments.gradients, set, part);
-    launch(perturb_kernel, part.end - part.begin, set.stream, arguments);
-  });
+  std::vector<Launch> moved;
+  try {
+    for_each_launch(set, [&](const Launch& part) {
+      if (part.begin == part.end) return;
+      arguments.launch = part;
+      fill(arguments.gradients, set, part);
+      launch(perturb_kernel, part.end - part.begin, set.stream, arguments);
+      moved.push_back(part);
+    });
+  } catch (...) {
+    // All of the weights or none: the caller is told that they have not moved.
+    for (const Launch& part : moved) restore_part(set, part);
+    throw;
+  }
 }
 
 void restore(const Set& set) {
-  for_each_launch(set, [&](const Launch& part) {
-    if (part.begin < part.end) launch(restore_kernel, part.end - part.begin, set.stream, RestoreArguments{part});
-  });
+  for_each_launch(set, [&](const Launch& part) { restore_part(set, part); });
 }
 
 }  // namespace sam_fused::cuda

@@ -122,7 +122,8 @@ __device__ void adam_chunk(const TensorRow& row, void* gradient, const Chunk& ch
 // Steps taken so far; a tensor's count is a scalar tensor of its own.
 __device__ double step_count(const TensorRow& row) {
   const void* at = row.address[kStep];
-  return row.dtype(kStep) == DType::kFloat64 ? *static_cast<const double*>(at) : static_cast<double>(*static_cast<const float*>(at));
+  if (row.dtype(kStep) == DType::kFloat64) return *static_cast<const double*>(at);
+  return static_cast<double>(*static_cast<const float*>(at));
 }
 
 __device__ void advance(const TensorRow& row) {

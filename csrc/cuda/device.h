@@ -14,8 +14,9 @@
 
 namespace sam_fused::cuda {
 
-// What the kernels are compiled for: so many blocks on a multiprocessor at once, which leaves each thread 64, 80 or 128 registers.
-// Without spills that is 32 to 64 KB of loads in flight, above the bandwidth times latency of an H200's share (about 25 KB).
+// What the kernels are compiled for: so many blocks on a multiprocessor at once, which leaves each thread 64, 80 or 128
+// registers. Without spills that is 32 to 64 KB of loads in flight, above the bandwidth times latency of an H200's share (about
+// 25 KB).
 inline constexpr int kThreads = 256;
 inline constexpr int kNormBlocks = 3, kAscentBlocks = 4, kSgdBlocks = 3, kAdamBlocks = 2;
 inline constexpr int kWarp = 32;
@@ -88,7 +89,9 @@ __device__ inline double value_or(const Scalar& scalar, double otherwise) {
                      : static_cast<double>(*static_cast<const float*>(scalar.address));
 }
 
-__device__ inline double grad_factor(const GradPolicy& policy) { return value_or(policy.inv_scale, 1) * value_or(policy.clip, 1); }
+__device__ inline double grad_factor(const GradPolicy& policy) {
+  return value_or(policy.inv_scale, 1) * value_or(policy.clip, 1);
+}
 __device__ inline bool skips(const GradPolicy& policy) { return value_or(policy.found_inf, 0) != 0; }
 
 __device__ inline const double* hyper_row(const Hyper& hyper, int64_t group, int64_t columns) {
@@ -99,9 +102,9 @@ __device__ inline void* gradient_of(const Gradients& gradients, const Launch& la
   return reinterpret_cast<void*>(gradients.addresses[tensor - launch.first_tensor]);
 }
 
-// The elements of chunks [c, end) that belong to the tensor of chunk c. The whole block searches: each thread compares with one of
-// as many tensors, evenly spread, and then within the gap that is left. Two loads and two barriers for any number of tensors, where
-// a binary search of a thousand would be ten dependent loads.
+// The elements of chunks [c, end) that belong to the tensor of chunk c. The whole block searches: each thread compares with one
+// of as many tensors, evenly spread, and then within the gap that is left. Two loads and two barriers for any number of
+// tensors, where a binary search of a thousand would be ten dependent loads.
 __device__ inline Chunk find_chunks(const Launch& launch, int64_t c, int64_t end) {
   int64_t tensor = launch.first_tensor, left = launch.tensors, stride;
   do {

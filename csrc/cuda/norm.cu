@@ -1,5 +1,5 @@
-// The norm: a sum of squares per block, and the root of their sum by the last block to finish. One launch, no atomics on values,
-// and as many blocks as there are chunks to a fixed limit, whatever the card: the same bits on every run.
+// The norm: a sum of squares per block, and the root of their sum by the last block to finish. One launch, no atomics on
+// values, and as many blocks as there are chunks to a fixed limit, whatever the card: the same bits on every run.
 #include "cuda/access.h"
 #include "cuda/launch.h"
 #include "cuda/run.h"

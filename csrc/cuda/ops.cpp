@@ -63,7 +63,9 @@ class Session {
  public:
   // A table for this call alone.
   Session(Rows rows, const Tensor& like)
-      : place_(Place::of(like)), guard_(place_.index()), set_{rows, checked_plan(rows), nullptr, current_stream(place_.index())} {
+      : place_(Place::of(like)),
+        guard_(place_.index()),
+        set_{rows, checked_plan(rows), nullptr, current_stream(place_.index())} {
     table_ = torch::stable::new_empty(like, std::vector<int64_t>{set_.layout().words()}, ScalarType::Long);
     set_.table = words_of(table_);
     write_table(set_);
@@ -71,7 +73,9 @@ class Session {
 
   // A table that is there already.
   Session(Rows rows, const MaybeTensor& table, Place place)
-      : place_(place), guard_(place_.index()), set_{rows, checked_plan(rows), nullptr, current_stream(place_.index())} {
+      : place_(place),
+        guard_(place_.index()),
+        set_{rows, checked_plan(rows), nullptr, current_stream(place_.index())} {
     STD_TORCH_CHECK(table.has_value() && place.holds(*table) && table->scalar_type() == ScalarType::Long &&
                         table->is_contiguous() && table->numel() == set_.layout().words(),
                     "sam_fused: expected the device table of these rows, as device_table makes it");
@@ -89,7 +93,7 @@ class Session {
     Hyper found;
     found.table = nullptr;
     if (!table.is_cpu()) {
-      STD_TORCH_CHECK(place_.holds(table), "sam_fused: expected the hyper-parameter table on the CPU or on the parameters' device");
+      STD_TORCH_CHECK(place_.holds(table), "sam_fused: expected the hyper-parameter table on the CPU or on ", place_.name());
       found.table = static_cast<const double*>(table.data_ptr());
     } else if (table.numel() <= kInlineHyper) {
       std::copy_n(static_cast<const double*>(table.data_ptr()), table.numel(), found.values);
@@ -103,7 +107,8 @@ class Session {
 
   // Where the host can read the table; the kernels themselves take missing state for none.
   void check_state(const Tensor& hyper, int64_t columns, int64_t wanted_by, Role role) const {
-    if (hyper.is_cpu()) sam_fused::check_state(set_.rows, static_cast<const double*>(hyper.data_ptr()), columns, wanted_by, role);
+    if (!hyper.is_cpu()) return;
+    sam_fused::check_state(set_.rows, static_cast<const double*>(hyper.data_ptr()), columns, wanted_by, role);
   }
 
  private:
@@ -138,7 +143,8 @@ std::tuple<Tensor, Tensor> grad_norm(Tensors grads, Tensors params, Ints scaling
   RowList list(grads, place);
   list.role(kGrad, grads).role(kWeight, params).ints(&TensorRow::scaling, scaling);
   for (const int64_t code : scaling) {
-    STD_TORCH_CHECK(code == 0 || params.size() == grads.size(), "sam_fused: expected params because a tensor is scaled by them");
+    STD_TORCH_CHECK(code == 0 || params.size() == grads.size(),
+                    "sam_fused: expected params because a tensor is scaled by them, got none");
   }
   check_role(list.rows(), kGrad);
   if (!params.empty()) check_role(list.rows(), kWeight);

@@ -1,5 +1,5 @@
-// Every CUDA op's binding to its dispatch key, nothing else: see csrc/registration.cpp. A library of its own, because it needs a
-// torch with CUDA to load and the CPU's must not.
+// Every CUDA op's binding to its dispatch key, nothing else: see csrc/registration.cpp. A library of its own, because it needs
+// a torch with CUDA to load and the CPU's must not.
 #include <Python.h>
 
 #include <torch/csrc/stable/library.h>

@@ -24,8 +24,9 @@ __global__ void __launch_bounds__(kThreads) upload_kernel(const __grid_constant_
 void check_chunks(const Plan& plan) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   if (plan.chunks() > kMost) {
-    throw std::runtime_error("sam_fused: expected at most " + std::to_string(kMost) + " chunks of " + std::to_string(kBlockChunk) +
-                             " elements in a call, got " + std::to_string(plan.chunks()) + ": split the tensors over several calls");
+    throw std::runtime_error("sam_fused: expected at most " + std::to_string(kMost) + " chunks of " +
+                             std::to_string(kBlockChunk) + " elements in a call, got " + std::to_string(plan.chunks()) +
+                             ": split the tensors over several calls");
   }
 }
 

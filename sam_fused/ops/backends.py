@@ -57,7 +57,7 @@ def choose(device: torch.device, forced: str | None = None) -> str:
     forced = forced or os.environ.get(_ENVIRONMENT) or None
     if forced is None:
         backend = _automatic(device)
-        _say_once(device.type, backend)
+        _say_once(str(device), backend)
         return backend
     check_name(forced)
     reason = _why_not(forced, device)
@@ -76,16 +76,16 @@ def _automatic(device: torch.device) -> str:
 
 
 @cache
-def _say_once(device_type: str, backend: str) -> None:
-    """Says, once in a process, that a device's fastest backend is missing. That Triton serves where nothing was built needs no
-    saying: it is the same kernels."""
-    device = torch.device(device_type)
-    if backend == "foreach" and device_type in ("cpu", "cuda"):
+def _say_once(name: str, backend: str) -> None:
+    """Says, once in a process for each device, that its fastest backend is missing. That Triton serves where nothing was built
+    needs no saying: it is the same kernels."""
+    device = torch.device(name)
+    if backend == "foreach" and device.type in ("cpu", "cuda"):
         reasons = {name: reason for name in _candidates(device) if (reason := _why_not(name, device)) is not None}
         causes = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        message = f"sam_fused uses the slower 'foreach' backend on {device_type}: {causes}"
+        message = f"sam_fused uses the slower 'foreach' backend on {name}: {causes}"
     elif backend == "triton" and native.uncovered(device) is not None:
-        message = f"sam_fused uses its Triton kernels on {device_type}: {native.uncovered(device)}"
+        message = f"sam_fused uses its Triton kernels on {name}: {native.uncovered(device)}"
     else:
         return
     warnings.warn(message, RuntimeWarning, stacklevel=4)
@@ -101,6 +101,10 @@ def report() -> list[dict[str, Any]]:
     if torch.cuda.is_available():
         devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     rows = []
+    if torch.version.cuda and not torch.cuda.is_available():
+        rows.append(
+            {"device": "cuda", "backend": "none", "reason": "torch sees no CUDA device; check the driver with nvidia-smi"}
+        )
     for device in devices:
         try:
             forced = os.environ.get(_ENVIRONMENT)
@@ -109,7 +113,7 @@ def report() -> list[dict[str, Any]]:
         except (RuntimeError, ValueError) as error:
             backend, reason = "none", str(error)
         rows.append({"device": str(device), "backend": backend, "reason": reason})
-    return rows
+    return sorted(rows, key=lambda row: row["device"])
 
 
 def _why(backend: str, device: torch.device) -> str:

@@ -14,6 +14,9 @@ from .rows import ROW_WORDS
 
 CAPABILITIES = ("default", "avx2", "avx512")
 
+# Capabilities of cards: from this one on they convert bfloat16.
+FIRST_CARD = (8, 0)
+
 
 @dataclass(frozen=True)
 class NativeStatus:
@@ -70,9 +73,10 @@ def cuda_status() -> CudaStatus:
         from sam_fused import _C_cuda  # type: ignore[attr-defined]  # noqa: F401
     except ImportError as error:
         cause = record.cuda_reason or (
-            f"the built CUDA library could not be loaded ({error}), this torch is built for {_torch_is_for()}; "
-            "reinstall with the torch that is running"
+            f"the built CUDA library could not be loaded ({error}); reinstall with the torch that is running"
         )
+        if torch.version.cuda is None:  # a wheel with both libraries: the CPU's has loaded, and is all that this torch can use
+            cause = f"this torch is built for {_torch_is_for()}; to use CUDA, install a CUDA build of torch"
         return CudaStatus(False, cause, ())
     try:
         architectures = str(torch.ops.sam_fused.cuda_architectures())
@@ -111,10 +115,10 @@ def uncovered(device: torch.device) -> str | None:
     if covers(cuda.architectures, capability):
         return None
     card = f"{capability[0]}.{capability[1]}"
-    return (
-        f"the CUDA library was built for {' '.join(cuda.architectures)} and {device} is {card}; "
-        f"reinstall on this machine or with TORCH_CUDA_ARCH_LIST={card}"
-    )
+    remedy = f"reinstall on this machine or with TORCH_CUDA_ARCH_LIST={card}"
+    if capability < FIRST_CARD:
+        remedy = f"the CUDA kernels need {FIRST_CARD[0]}.{FIRST_CARD[1]} or later, nothing is to be done"
+    return f"the CUDA library was built for {' '.join(cuda.architectures)} and {device} is {card}; {remedy}"
 
 
 def reason_not(device: torch.device) -> str | None:

@@ -47,6 +47,14 @@ class Gradients:
     fit: bool  # whether the list operations would find nothing to say about them
 
 
+# Sets that a CUDA graph reads: their tables, norms and backups must live as long as the graph, and nobody says when that ends.
+_read_by_graphs: dict[int, TensorSet] = {}
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @dataclass
 class _FastWay:
     """A set's way through its backend's second door: rows, what the device reads in their place, and where norms are put."""
@@ -134,6 +142,12 @@ class TensorSet:
         rows = self._build_rows()
         if rows is None:
             return None
+        if _is_capturing(self._device):
+            # The table would be written by the graph's replays, and be there for nobody before the first one.
+            raise RuntimeError(
+                "a step in a CUDA graph: expected a step like it before the capture, got the first one with these parameters, "
+                "gradients and state: take one step before the capture."
+            )
         door = DOORS[self.backend]
         wide = torch.float64 in self._dtypes
         norm = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=self._device)
@@ -185,6 +199,8 @@ class TensorSet:
             TypeError: a gradient is sparse, quantised, or of an unsupported dtype.
             ValueError: a gradient is on another device, or of another shape, than its parameter.
         """
+        if _is_capturing(self._device):
+            _read_by_graphs[id(self)] = self
         fits = self._fast is not None and not _seen_by_torch_only()
         if fits and (self._grads_were.matches(grads) or self._fit_the_rows(grads)):
             addresses = array("q", map(_data_ptr, grads))

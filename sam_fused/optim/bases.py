@@ -1,7 +1,8 @@
 """Base optimizers with a fused last pass: which ones, what their hyper-parameters and state are called.
 
 A base optimizer runs fused if it is exactly SGD, Adam or AdamW and nobody is watching its own ``step``: hooks on it,
-``differentiable``, a patched ``step`` all mean that the weights are restored and its own ``step`` is called.
+``differentiable``, a patched ``step``, a learning rate on the device all mean that the weights are restored and its own
+``step`` is called.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def fused_base(base: Optimizer) -> FusedBase | None:
     if "step" in base.__dict__ and not _is_scheduler_wrapper(base):
         return None
     for group in base.param_groups:
-        if group.get("differentiable") or (group.get("capturable") and not _on_cuda(group)):
+        if group.get("differentiable") or _lr_is_on_a_device(group) or (group.get("capturable") and not _on_cuda(group)):
             return None
     return family
 
@@ -88,9 +89,13 @@ def _is_capturing() -> bool:
 
 
 def _on_cuda(group: dict[str, Any]) -> bool:
-    """Whether ``capturable`` changes nothing: our kernels always are. A learning rate on the device only torch's own read."""
-    lr_is_there = isinstance(group["lr"], Tensor) and not group["lr"].is_cpu
-    return not lr_is_there and all(param.is_cuda for param in group["params"])
+    """Whether ``capturable`` changes nothing: our kernels always are."""
+    return all(param.is_cuda for param in group["params"])
+
+
+def _lr_is_on_a_device(group: dict[str, Any]) -> bool:
+    """Then torch's own step can use it without waiting for it, and ours cannot yet."""
+    return isinstance(group["lr"], Tensor) and not group["lr"].is_cpu
 
 
 class FusedState:

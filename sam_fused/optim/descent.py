@@ -201,5 +201,5 @@ def grads_present(grads: list[Tensor | None]) -> list[int]:
 
 
 def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
-    """The scalar on that device; a copy between two of them waits for neither."""
-    return scalar if scalar is None or scalar.device == device else scalar.to(device, non_blocking=True)
+    """The scalar on that device. A copy between two GPUs waits for neither; one to the CPU has to be waited for."""
+    return scalar if scalar is None or scalar.device == device else scalar.to(device, non_blocking=device.type != "cpu")

@@ -77,7 +77,7 @@ class SAM(Optimizer):
         adaptive: ASAM. Per group: the key ``adaptive``.
         perturb: False leaves a group out of the perturbation and out of the norm. Per group: the key ``perturb``.
         perturb_eps: added to the norm. Per group: the key ``perturb_eps``. Never ``eps``, which is the base optimizer's.
-        backend: ``"native"``, ``"foreach"`` or ``"reference"``; None chooses, see ``python -m sam_fused.info``.
+        backend: ``"native"``, ``"triton"``, ``"foreach"`` or ``"reference"``; None chooses, see ``python -m sam_fused.info``.
         track_perturbation: measure the realised perturbation in every step, into ``perturbation`` (slow: for looking).
         **base_kwargs: the base optimizer's arguments. A base with a keyword of ours (Adadelta's ``rho``) keeps it, and ours
             is called ``sam_rho`` in the groups and here.
@@ -420,7 +420,7 @@ class SAM(Optimizer):
         if not fresh and len(left) == len(grads):
             # The same tensors, but a backward adds into them. What zero_grad(set_to_none=False) has written holds nothing.
             written = [g for g, version in zip(grads, versions, strict=True) if g is not None and g._version != version]
-            fresh = [grad for grad in written if bool(grad.detach().any())]
+            fresh = _holding_something(written)
             if not fresh:
                 return
         raise RuntimeError(
@@ -531,6 +531,17 @@ def perturbed(optimizer: Any) -> Any:
                 "construct SAM(...) and pass that."
             )
     return inner.perturbed()
+
+
+def _holding_something(grads: list[Tensor]) -> list[Tensor]:
+    """The gradients that are not all zeros; asks each device once."""
+    if not grads:
+        return []
+    answers: dict[torch.device, list[Tensor]] = {}
+    for grad in grads:
+        answers.setdefault(grad.device, []).append(grad.detach().any())
+    holding = {device: iter(torch.stack(found).tolist()) for device, found in answers.items()}
+    return [grad for grad in grads if next(holding[grad.device])]
 
 
 def _evaluate(closure: Callable[[], Any]) -> Any:

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,9 @@ def test_a_step_beyond_its_limit_is_stopped_with_its_children(tmp_path):
     outcome = run_step(python(code), tmp_path, 3.0)
     assert outcome.status == "timed out" and outcome.seconds < 20
     assert outcome.did_not_run[0]["reason"] == outcome.reason
+    deadline = time.monotonic() + 10  # a killed process takes a moment to go
+    while lives(int(outcome.output_tail)) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert not lives(int(outcome.output_tail))
 
 

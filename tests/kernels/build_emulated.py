@@ -89,9 +89,9 @@ class Emulated:
         """What ``sam_emulation::threads_per_block`` gives; 0: what the source asks for."""
         self.library.sam_emulation_set_threads_per_block(threads)
 
-    def fail_next_launch(self, error):
-        """The next launch does not run and leaves the ``cudaError_t`` ``error``."""
-        self.library.sam_emulation_fail_next_launch(error)
+    def fail_next_launch(self, error, before=0):
+        """After ``before`` launches that run, one does not and leaves the ``cudaError_t`` ``error``."""
+        self.library.sam_emulation_fail_next_launch(error, before)
 
     @property
     def launches(self):

@@ -315,3 +315,20 @@ def test_a_launch_that_fails_leaves_clean_weights_and_a_usable_optimizer(at, for
     optimizer.zero_grad()
     take_step(optimizer, form, case.evaluate)
     assert not same_bits(case.params, clean)
+
+
+@pytest.mark.parametrize("backup_exists", [False, True])
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_a_later_launch_that_fails_leaves_no_weight_moved(before, backup_exists, emulated):
+    """More tensors than one launch takes: what the launches before it have moved is brought back."""
+    count = 3 * GRADIENTS
+    params, grads = [torch.randn(5) for _ in range(count)], [torch.ones(5) for _ in range(count)]
+    clean = [p.clone() for p in params]
+    backups = [p.clone() if backup_exists else torch.zeros(5) for p in params]
+    writes = launches(emulated, lambda: ops.restore_(params, params, backend="emulated")) - 3
+    emulated.fail_next_launch(FailingDoor.LAUNCH_FAILURE, writes + before)
+    with pytest.raises(RuntimeError, match="unspecified launch failure"):
+        ops.perturb_(params, backups, grads, torch.tensor(1.0), PERTURB, backup_exists=backup_exists, backend="emulated")
+    assert same_bits(params, clean)
+    ops.perturb_(params, backups, grads, torch.tensor(1.0), PERTURB, backend="emulated")
+    assert not any(torch.equal(p, c) for p, c in zip(params, clean, strict=True)) and same_bits(backups, clean)

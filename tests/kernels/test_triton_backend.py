@@ -91,8 +91,8 @@ def test_no_card(machine, monkeypatch):
     assert "nvidia-smi" in reason_not(CUDA) and reason_not(torch.device("cuda")) is not None
 
 
-def test_interpreted(machine):
-    machine.triton.knobs.runtime.interpret = True
+def test_interpreted(machine, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert reason_not(CPU) is None
     assert "TRITON_INTERPRET" in reason_not(CUDA) and not machine.launches
 
@@ -118,7 +118,8 @@ def test_a_launch_that_fails_is_remembered_with_its_first_line(machine, monkeypa
         attempts.append(args)
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nSecond line")
 
-    monkeypatch.setattr(torch, "zeros", fail)
+    monkeypatch.setattr(availability, "by_value", fail)
+    monkeypatch.setattr(availability, "may_wait", lambda device: torch.no_grad())
     reason = reason_not(CUDA)
     assert "RuntimeError: Failed to find C compiler" in reason and "Second line" not in reason
     assert "gcc or clang" in reason and "Python.h" in reason

@@ -77,16 +77,22 @@ def test_a_card_takes_native_then_triton_then_foreach(card):
     assert "'foreach' backend on cuda" in message and "nvcc was not found" in message and "pip install triton" in message
 
 
-def test_a_card_that_the_library_does_not_cover_takes_triton_with_one_warning(card):
+def test_a_card_that_no_library_can_cover_is_told_so(card):
     _, capability = card
     capability["card"] = (7, 5)
+    with pytest.warns(RuntimeWarning, match=r"cuda.* is 7\.5; the CUDA kernels need 8\.0 or later"):
+        assert backends.choose(CUDA) == "triton"
+
+
+def test_a_card_that_the_library_does_not_cover_takes_triton_with_one_warning(card, monkeypatch):
+    _, capability = card
+    capability["card"] = (11, 0)
+    monkeypatch.setattr(native, "cuda_status", lambda: native.CudaStatus(True, None, ("8.0", "9.0", "10.0")))
     with pytest.warns(RuntimeWarning) as said:
         assert backends.choose(CUDA) == backends.choose(CUDA) == "triton"
     (message,) = [str(warning.message) for warning in said]
-    assert "Triton" in message and "8.0 9.0 10.0+PTX" in message and "TORCH_CUDA_ARCH_LIST=7.5" in message
-    with pytest.raises(
-        RuntimeError, match=r"'native' cannot serve cuda:0: .*built for 8\.0 9\.0 10\.0\+PTX and cuda:0 is 7\.5"
-    ):
+    assert "Triton" in message and "for 8.0 9.0 10.0 and cuda" in message and "TORCH_CUDA_ARCH_LIST=11.0" in message
+    with pytest.raises(RuntimeError, match=r"'native' cannot serve cuda:0: .*built for 8\.0 9\.0 10\.0 and cuda:0 is 11\.0"):
         backends.choose(CUDA, "native")
 
 
@@ -216,6 +222,13 @@ def test_report(with_native, card, monkeypatch):
     rows = backends.report()
     assert [row["backend"] for row in rows] == ["native", "none"]
     assert VARIABLE in rows[0]["reason"] and "cannot serve" in rows[1]["reason"]
+
+
+def test_report_of_a_card_that_torch_does_not_see(with_native, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    rows = {row["device"]: row for row in backends.report()}
+    assert rows["cuda"]["backend"] == "none" and "nvidia-smi" in rows["cuda"]["reason"] and rows["cpu"]["backend"] == "native"
 
 
 def test_report_says_why_and_does_not_use_up_the_warning(without_native, monkeypatch):

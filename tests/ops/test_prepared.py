@@ -440,3 +440,29 @@ def test_compiled_code_does_not_read_addresses(needs_native):
     assert isinstance(Lists(), Lists)
     compiled = torch.compile(lambda g: tensors.checked([g]).addresses is None, backend="eager")
     assert compiled(torch.ones(4))
+
+
+# ---- CUDA graphs ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_set_is_not_made_inside_a_capture(monkeypatch, needs_native):
+    """Its table would be written by the graph's replays alone."""
+    from sam_fused.ops import prepared
+
+    monkeypatch.setattr(prepared, "_is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="take one step before the capture"):
+        TensorSet([torch.ones(3)], [torch.ones(3)], backend="native")
+
+
+def test_what_a_graph_reads_is_kept_alive(monkeypatch, needs_native):
+    from sam_fused.ops import prepared
+
+    kept: dict = {}
+    monkeypatch.setattr(prepared, "_read_by_graphs", kept)
+    tensors = TensorSet([torch.ones(3)], [torch.ones(3)], backend="native")
+    tensors.checked([torch.ones(3)])
+    assert not kept
+    monkeypatch.setattr(prepared, "_is_capturing", lambda device: True)
+    for _ in range(2):
+        tensors.checked([torch.ones(3)])
+    assert list(kept.values()) == [tensors]

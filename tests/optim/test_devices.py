@@ -80,6 +80,25 @@ def test_capturable_bases_run_fused_on_cuda_alone(monkeypatch):
     assert fused_base(base) is not None
 
 
+def test_a_learning_rate_on_a_device_is_left_to_torch():
+    """Ours would have to wait for it."""
+    params = [torch.nn.Parameter(torch.ones(2))]
+    assert fused_base(SGD(params, lr=torch.tensor(0.1))) is not None
+    on_a_device = SGD(params, lr=0.1)
+    on_a_device.param_groups[0]["lr"] = torch.empty((), device=META)
+    assert fused_base(on_a_device) is None
+
+
+def test_a_scalar_that_goes_to_the_cpu_is_waited_for(monkeypatch):
+    """A copy that is not would be read before it has arrived."""
+    asked = []
+    scalar = torch.empty((), device=META)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking: asked.append((device.type, non_blocking)))
+    descent._on(torch.device("cpu"), scalar)
+    descent._on(torch.device("cuda", 1), scalar)
+    assert asked == [("cpu", False), ("cuda", True)]
+
+
 @pytest.mark.parametrize(("backend", "fused"), [("native", True), ("triton", True), ("foreach", False), ("reference", False)])
 def test_off_the_cpu_only_compiled_backends_run_the_last_pass_fused(backend, fused, params, monkeypatch):
     """The others restore, and let the base optimizer run its own step."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 
 import torch
 
-from .transfer import is_capturing
+from .transfer import by_value, is_capturing, may_wait
 
 FIRST_VERSION, LAST_VERSION = (3, 6), (3, 9)
 
@@ -34,16 +35,12 @@ def reason_not(device: torch.device) -> str | None:
 
 
 def _without_launching(device: torch.device) -> str | None:
+    interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted):
+        return f"Triton serves CUDA devices, not {device.type}"
     reason = _wrong_version()
-    if reason is not None:
+    if reason is not None or device.type == "cpu":
         return reason
-    import triton
-
-    interpreted = bool(triton.knobs.runtime.interpret)
-    if device.type == "cpu" and interpreted:
-        return None
-    if device.type != "cuda":
-        return f"Triton serves CUDA devices, not {device.type}; leave the choice of a backend to the device"
     if interpreted:
         return "TRITON_INTERPRET=1 runs Triton's kernels on the CPU; unset it to run them on the GPU"
     if getattr(torch.version, "hip", None) is not None:
@@ -70,23 +67,23 @@ def _wrong_version() -> str | None:
     return None
 
 
-def _launched(device: torch.device) -> str | None:
-    try:
-        from .kernels_transfer import write_one
+# Words that show every half of a word, signs included.
+_TRIED = (1, -1, 2**63 - 1, -(2**63), 2**40 + 7)
 
-        there = torch.zeros(1, dtype=torch.int64, device=device)
-        write_one[(1,)](there, num_warps=1)
-        here = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=True)
-        here.copy_(there, non_blocking=True)
-        torch.cuda.current_stream(device).synchronize()
-        wrote = int(here)
+
+def _launched(device: torch.device) -> str | None:
+    """The launch is an upload by value, so that its kernel is loaded before a capture needs it."""
+    words = torch.tensor(_TRIED, dtype=torch.int64, device="cpu")
+    try:
+        with torch.cuda.device(device), may_wait(device):
+            arrived = torch.equal(by_value(words, device).cpu(), words)
     except Exception as error:
         # Mostly the launcher that Triton compiles on its first launch, and says little about.
         return (
             f"Triton's first launch failed ({_first_line(error)}); it needs a C compiler (gcc or clang, or CC=...) and "
             "Python.h (python3-dev) at run time"
         )
-    return None if wrote == 1 else f"Triton's first launch wrote {wrote}, expected 1; update the driver"
+    return None if arrived else "Triton's first launch wrote other words than expected; update the driver"
 
 
 def _first_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ from .. import schema
 from ..door import Door
 from ..dtypes import arithmetic_dtype
 from .table import DeviceTable, Run
-from .transfer import is_capturing
+from .transfer import is_capturing, may_wait
 
 _WARPS = 8
 
@@ -140,7 +140,9 @@ class TritonDoor:
                 # An interrupt may come after a launch and before anything here could note it: the device knows. (A capture that
                 # fails has launched nothing.)
                 if not is_capturing(table.device):
-                    for run, mark in zip(runs, marks.tolist(), strict=True):
+                    with may_wait(table.device):
+                        seen = marks.tolist()
+                    for run, mark in zip(runs, seen, strict=True):
                         if mark == number:
                             _restore(pointers, run, run.dtypes[1])
                     perturbed.fill_(0)

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, valid-type"
-"""The smallest kernels: words that travel as arguments, and a launch that shows whether launches work."""
+"""The smallest kernel: words that travel as arguments. It also shows whether launches work."""
 
 from __future__ import annotations
 
@@ -16,9 +16,3 @@ def write_words(to, halves):
     """``to[i]``: the high and the low 32 bits in ``halves[2 i]`` and ``halves[2 i + 1]``."""
     for i in tl.static_range(len(halves) // 2):
         tl.store(to + i, (((halves[2 * i] - BIAS) >> 1) << 32) | ((halves[2 * i + 1] - BIAS) >> 1))
-
-
-@triton.jit(do_not_specialize=["to"])
-def write_one(to):
-    """The tiny launch that is tried before Triton is chosen."""
-    tl.store(to, 1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,20 @@ _WORDS_PER_LAUNCH = 64
 def is_capturing(device: torch.device) -> bool:
     """Whether what is launched now goes into a CUDA graph instead of running. ``device`` is the current one."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@contextmanager
+def may_wait(device: torch.device) -> Iterator[None]:
+    """For what happens once, or when something has gone wrong: waiting for the device is no error here, whatever the mode."""
+    if device.type != "cuda":
+        yield
+        return
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(0)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def to_device(words: Tensor, device: torch.device) -> Tensor:

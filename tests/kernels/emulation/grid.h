@@ -41,7 +41,8 @@ struct Runtime {
   uint64_t launches = 0;           // that ran, since the orders were set
   unsigned threads_per_block = 0;  // 0: as many as the source asks for
   cudaError_t last_error = cudaSuccess;
-  cudaError_t next_launch = cudaSuccess;  // what the next launch gives instead of running
+  cudaError_t next_launch = cudaSuccess;  // what a launch gives instead of running, after
+  unsigned launches_before = 0;           // so many that do run
   std::string message;                    // of the last call of `caught`, empty where it went well
   Block::Fibers fibers;
 };
@@ -61,8 +62,11 @@ inline unsigned threads_per_block(unsigned wanted) {
   return runtime().threads_per_block != 0 ? runtime().threads_per_block : wanted;
 }
 
-// The next launch does not run: cudaGetLastError() gives `error`.
-inline void fail_next_launch(cudaError_t error) { runtime().next_launch = error; }
+// After `before` launches that run, one does not: cudaGetLastError() gives `error`.
+inline void fail_next_launch(cudaError_t error, unsigned before = 0) {
+  runtime().next_launch = error;
+  runtime().launches_before = before;
+}
 
 // Calls f; where it throws, keeps the message for sam_emulation_message() and returns false. For C interfaces.
 template <class F>
@@ -89,7 +93,8 @@ inline bool launchable(dim3 grid, dim3 block) {
 inline void run_grid(dim3 grid, dim3 size, void (*kernel)(void*), void* arguments) {
   Runtime& state = runtime();
   if (running_block != nullptr) throw std::runtime_error("launch: expected a call from the host, got one from a kernel");
-  const cudaError_t refused = std::exchange(state.next_launch, cudaSuccess);
+  const bool refuses = state.launches_before == 0 || state.launches_before-- == 0;
+  const cudaError_t refused = refuses ? std::exchange(state.next_launch, cudaSuccess) : cudaSuccess;
   if (refused != cudaSuccess || !launchable(grid, size)) {
     state.last_error = refused != cudaSuccess ? refused : cudaErrorInvalidConfiguration;
     return;
@@ -163,8 +168,8 @@ SAM_EMULATION_EXPORT void sam_emulation_set_orders(int threads, int blocks, uint
 SAM_EMULATION_EXPORT void sam_emulation_set_threads_per_block(unsigned threads) {
   sam_emulation::runtime().threads_per_block = threads;
 }
-SAM_EMULATION_EXPORT void sam_emulation_fail_next_launch(int error) {
-  sam_emulation::fail_next_launch(static_cast<cudaError_t>(error));
+SAM_EMULATION_EXPORT void sam_emulation_fail_next_launch(int error, unsigned before) {
+  sam_emulation::fail_next_launch(static_cast<cudaError_t>(error), before);
 }
 SAM_EMULATION_EXPORT uint64_t sam_emulation_launches() { return sam_emulation::runtime().launches; }
 SAM_EMULATION_EXPORT const char* sam_emulation_message() { return sam_emulation::runtime().message.c_str(); }
