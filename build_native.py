@@ -110,7 +110,7 @@ def _arguments(name: str, *sources: str, **flags: list[str]) -> dict[str, Any]:
     return {
         "name": name,
         "sources": _sources(*sources),
-        "depends": _sources("csrc/**/*.h", "csrc/**/*.inl", "csrc/**/*.cuh"),
+        "depends": _sources("csrc/**/*.h", "csrc/**/*.inl"),
         "include_dirs": [str(ROOT / "csrc")],  # absolute: ninja compiles from another folder
         "extra_compile_args": flags,
         "py_limited_api": True,

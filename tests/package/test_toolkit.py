@@ -108,7 +108,7 @@ def test_a_toolkit_without_large_kernel_arguments_is_refused_with_both_versions(
 
 
 REFUSAL = (
-    "echo '/opt/include/crt/host_config.h:137:2: error: #error -- unsupported GNU version! gcc versions later than 15 are "
+    "echo '/usr/include/crt/host_config.h:137:2: error: #error -- unsupported GNU version! gcc versions later than 15 are "
     "not supported! The nvcc flag -allow-unsupported-compiler can be used' >&2; exit 1"
 )
 
