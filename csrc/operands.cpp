@@ -31,6 +31,13 @@ bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+void check_role(Rows rows, Role role) {
+  for (int64_t i = 0; i < rows.count; ++i) {
+    STD_TORCH_CHECK(rows.data[i].numel == 0 || rows.data[i].address[role] != nullptr,
+                    "sam_fused: expected a list with an entry for tensor ", i, ", got none");
+  }
+}
+
 bool may_be_unused(Role role) { return role == kState0 || role == kState1 || role == kState2; }
 
 }  // namespace
@@ -94,6 +101,56 @@ void RowList::check_length(size_t length) const {
   STD_TORCH_CHECK(length == rows_.size(), "sam_fused: expected lists of one length, got ", length, " and ", rows_.size());
 }
 
+RowList norm_rows(const Tensors& grads, const Tensors& params, const Ints& scaling, Place place) {
+  RowList list(grads, place);
+  list.role(kGrad, grads).role(kWeight, params).ints(&TensorRow::scaling, scaling);
+  for (const int64_t code : scaling) {
+    STD_TORCH_CHECK(code == 0 || params.size() == grads.size(),
+                    "sam_fused: expected params because a tensor is scaled by them, got none");
+  }
+  check_role(list.rows(), kGrad);
+  if (!params.empty()) check_role(list.rows(), kWeight);
+  return list;
+}
+
+RowList perturb_rows(const Tensors& params, const Tensors& backups, const Tensors& grads, const Ints& groups,
+                     const Ints& scaling, Place place) {
+  RowList list(params, place);
+  list.role(kWeight, params).role(kBackup, backups).role(kGrad, grads);
+  list.ints(&TensorRow::group, groups).ints(&TensorRow::scaling, scaling);
+  list.backups_have_the_weights_dtype();
+  for (const Role role : {kWeight, kBackup, kGrad}) check_role(list.rows(), role);
+  return list;
+}
+
+RowList restore_rows(const Tensors& params, const Tensors& backups, Place place) {
+  RowList list(params, place);
+  list.role(kWeight, params).role(kBackup, backups).backups_have_the_weights_dtype();
+  for (const Role role : {kWeight, kBackup}) check_role(list.rows(), role);
+  return list;
+}
+
+RowList sgd_rows(const Tensors& params, const Tensors& backups, const Tensors& grads, const Tensors& momentum_buffers,
+                 const Ints& groups, const Ints& first, Place place) {
+  RowList list = perturb_rows(params, backups, grads, groups, {}, place);
+  list.role(kState0, momentum_buffers).ints(&TensorRow::first, first);
+  return list;
+}
+
+RowList adamw_rows(const Tensors& params, const Tensors& backups, const Tensors& grads, const Tensors& exp_avgs,
+                   const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs, const Tensors& steps, const Ints& groups,
+                   Place place) {
+  RowList list = perturb_rows(params, backups, grads, groups, {}, place);
+  list.role(kState0, exp_avgs).role(kState1, exp_avg_sqs).role(kState2, max_exp_avg_sqs).role(kStep, steps);
+  for (const Role role : {kState0, kState1, kStep}) check_role(list.rows(), role);
+  return list;
+}
+
+ScalarType norm_dtype(const Tensors& grads) {
+  const auto is_wide = [](const Tensor& grad) { return grad.scalar_type() == ScalarType::Double; };
+  return std::any_of(grads.begin(), grads.end(), is_wide) ? ScalarType::Double : ScalarType::Float;
+}
+
 Rows rows_of(const Tensor& table) {
   STD_TORCH_CHECK(table.is_cpu() && table.dim() == 2 && table.size(1) == kRowWords && table.is_contiguous() &&
                       table.scalar_type() == ScalarType::Long,
@@ -112,13 +169,6 @@ Rows rows_of(const Tensor& table, const Tensor& grads) {
     rows.data[i].address[kGrad] = reinterpret_cast<void*>(addresses[i]);
   }
   return rows;
-}
-
-void check_role(Rows rows, Role role) {
-  for (int64_t i = 0; i < rows.count; ++i) {
-    STD_TORCH_CHECK(rows.data[i].numel == 0 || rows.data[i].address[role] != nullptr,
-                    "sam_fused: expected a list with an entry for tensor ", i, ", got none");
-  }
 }
 
 void check_table(const Tensor& hyper, int64_t columns, Rows rows) {

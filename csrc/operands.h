@@ -63,11 +63,23 @@ class RowList {
   std::vector<TensorRow> rows_;
 };
 
+// The rows of the list operations, with every list that an operation needs in them.
+RowList norm_rows(const Tensors& grads, const Tensors& params, const Ints& scaling, Place place);
+RowList perturb_rows(const Tensors& params, const Tensors& backups, const Tensors& grads, const Ints& groups,
+                     const Ints& scaling, Place place);
+RowList restore_rows(const Tensors& params, const Tensors& backups, Place place);
+RowList sgd_rows(const Tensors& params, const Tensors& backups, const Tensors& grads, const Tensors& momentum_buffers,
+                 const Ints& groups, const Ints& first, Place place);
+RowList adamw_rows(const Tensors& params, const Tensors& backups, const Tensors& grads, const Tensors& exp_avgs,
+                   const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs, const Tensors& steps, const Ints& groups,
+                   Place place);
+
+// A norm, and its flag, of these gradients: fp64 if any of them is.
+torch::headeronly::ScalarType norm_dtype(const Tensors& grads);
+
 // The rows of a prepared table, an int64 tensor on the CPU; the second form enters the gradients' addresses.
 Rows rows_of(const Tensor& table);
 Rows rows_of(const Tensor& table, const Tensor& grads);
-
-void check_role(Rows rows, Role role);
 
 // A contiguous fp64 table with a row for each group that the rows name.
 void check_table(const Tensor& hyper, int64_t columns, Rows rows);

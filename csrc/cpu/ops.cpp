@@ -54,17 +54,8 @@ GradPolicy policy_of(const MaybeTensor& inv_scale, const MaybeTensor& found_inf,
 std::tuple<Tensor, Tensor> grad_norm(Tensors grads, Tensors params, Ints scaling, Tensors accumulators, MaybeTensor weight,
                                      MaybeTensor inv_scale) {
   check_not_accumulating(accumulators, weight);
-  bool wide = false;
-  for (const Tensor& grad : grads) wide = wide || grad.scalar_type() == ScalarType::Double;
-  RowList list(grads, Place::cpu());
-  list.role(kGrad, grads).role(kWeight, params).ints(&TensorRow::scaling, scaling);
-  for (const int64_t code : scaling) {
-    STD_TORCH_CHECK(code == 0 || params.size() == grads.size(),
-                    "sam_fused: expected params because a tensor is scaled by them, got none");
-  }
-  check_role(list.rows(), kGrad);
-  if (!params.empty()) check_role(list.rows(), kWeight);
-  Tensor norm = new_scalar(grads.at(0), wide ? ScalarType::Double : ScalarType::Float);
+  RowList list = norm_rows(grads, params, scaling, Place::cpu());
+  Tensor norm = new_scalar(grads.at(0), norm_dtype(grads));
   Tensor found_inf = new_scalar(grads.at(0), ScalarType::Float);
   set_norm(norm, found_inf, grad_norm(list.rows(), value_or(inv_scale, 1)));
   return {norm, found_inf};
@@ -72,32 +63,21 @@ std::tuple<Tensor, Tensor> grad_norm(Tensors grads, Tensors params, Ints scaling
 
 void perturb_(Tensors params, Tensors backups, Tensors grads, Tensor norm, Tensor hyper, Ints groups, Ints scaling,
               bool backup_exists, MaybeTensor inv_scale) {
-  RowList list(params, Place::cpu());
-  list.role(kWeight, params).role(kBackup, backups).role(kGrad, grads);
-  list.ints(&TensorRow::group, groups).ints(&TensorRow::scaling, scaling);
-  list.backups_have_the_weights_dtype();
-  const Rows rows = list.rows();
-  for (const Role role : {kWeight, kBackup, kGrad}) check_role(rows, role);
-  perturb(rows, value_of(norm), table_of(hyper, kPerturbColumns, rows), value_or(inv_scale, 1), backup_exists);
+  RowList list = perturb_rows(params, backups, grads, groups, scaling, Place::cpu());
+  const double* table = table_of(hyper, kPerturbColumns, list.rows());
+  perturb(list.rows(), value_of(norm), table, value_or(inv_scale, 1), backup_exists);
 }
 
 void restore_(Tensors params, Tensors backups) {
-  RowList list(params, Place::cpu());
-  list.role(kWeight, params).role(kBackup, backups).backups_have_the_weights_dtype();
-  for (const Role role : {kWeight, kBackup}) check_role(list.rows(), role);
-  restore(list.rows());
+  restore(restore_rows(params, backups, Place::cpu()).rows());
 }
 
 void restore_sgd_(Tensors params, Tensors backups, Tensors grads, Tensors momentum_buffers, Tensor hyper, Ints groups,
                   Ints first, Tensors accumulators, MaybeTensor weight, MaybeTensor inv_scale, MaybeTensor found_inf,
                   MaybeTensor clip) {
   check_not_accumulating(accumulators, weight);
-  RowList list(params, Place::cpu());
-  list.role(kWeight, params).role(kBackup, backups).role(kGrad, grads).role(kState0, momentum_buffers);
-  list.ints(&TensorRow::group, groups).ints(&TensorRow::first, first);
-  list.backups_have_the_weights_dtype();
+  RowList list = sgd_rows(params, backups, grads, momentum_buffers, groups, first, Place::cpu());
   const Rows rows = list.rows();
-  for (const Role role : {kWeight, kBackup, kGrad}) check_role(rows, role);
   const double* table = table_of(hyper, kSgdColumns, rows);
   check_state(rows, table, kSgdColumns, kMomentum, kState0);
   restore_sgd(rows, table, policy_of(inv_scale, found_inf, clip));
@@ -107,13 +87,8 @@ void restore_adamw_(Tensors params, Tensors backups, Tensors grads, Tensors exp_
                     Tensors max_exp_avg_sqs, Tensors steps, Tensor hyper, Ints groups, Tensors accumulators,
                     MaybeTensor weight, MaybeTensor inv_scale, MaybeTensor found_inf, MaybeTensor clip) {
   check_not_accumulating(accumulators, weight);
-  RowList list(params, Place::cpu());
-  list.role(kWeight, params).role(kBackup, backups).role(kGrad, grads);
-  list.role(kState0, exp_avgs).role(kState1, exp_avg_sqs).role(kState2, max_exp_avg_sqs).role(kStep, steps);
-  list.ints(&TensorRow::group, groups);
-  list.backups_have_the_weights_dtype();
+  RowList list = adamw_rows(params, backups, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, groups, Place::cpu());
   const Rows rows = list.rows();
-  for (const Role role : {kWeight, kBackup, kGrad, kState0, kState1, kStep}) check_role(rows, role);
   const double* table = table_of(hyper, kAdamColumns, rows);
   check_state(rows, table, kAdamColumns, kAmsgrad, kState2);
   restore_adamw(rows, table, policy_of(inv_scale, found_inf, clip));

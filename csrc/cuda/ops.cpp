@@ -137,19 +137,10 @@ void step_adamw(Session& session, const Tensor& hyper, const MaybeTensor& inv_sc
 std::tuple<Tensor, Tensor> grad_norm(Tensors grads, Tensors params, Ints scaling, Tensors accumulators, MaybeTensor weight,
                                      MaybeTensor inv_scale) {
   check_not_accumulating(accumulators, weight);
-  bool wide = false;
-  for (const Tensor& grad : grads) wide = wide || grad.scalar_type() == ScalarType::Double;
   const Place place = Place::of(grads.at(0));
-  RowList list(grads, place);
-  list.role(kGrad, grads).role(kWeight, params).ints(&TensorRow::scaling, scaling);
-  for (const int64_t code : scaling) {
-    STD_TORCH_CHECK(code == 0 || params.size() == grads.size(),
-                    "sam_fused: expected params because a tensor is scaled by them, got none");
-  }
-  check_role(list.rows(), kGrad);
-  if (!params.empty()) check_role(list.rows(), kWeight);
+  RowList list = norm_rows(grads, params, scaling, place);
   Session session(list.rows(), grads[0]);
-  Tensor norm = new_scalar(grads[0], wide ? ScalarType::Double : ScalarType::Float);
+  Tensor norm = new_scalar(grads[0], norm_dtype(grads));
   Tensor found_inf = new_scalar(grads[0], ScalarType::Float);
   grad_norm(session.set(), norm_of(norm, found_inf, place), scalar_of(inv_scale, place));
   return {norm, found_inf};
@@ -158,20 +149,14 @@ std::tuple<Tensor, Tensor> grad_norm(Tensors grads, Tensors params, Ints scaling
 void perturb_(Tensors params, Tensors backups, Tensors grads, Tensor norm, Tensor hyper, Ints groups, Ints scaling,
               bool backup_exists, MaybeTensor inv_scale) {
   const Place place = Place::of(params.at(0));
-  RowList list(params, place);
-  list.role(kWeight, params).role(kBackup, backups).role(kGrad, grads);
-  list.ints(&TensorRow::group, groups).ints(&TensorRow::scaling, scaling);
-  list.backups_have_the_weights_dtype();
-  for (const Role role : {kWeight, kBackup, kGrad}) check_role(list.rows(), role);
+  RowList list = perturb_rows(params, backups, grads, groups, scaling, place);
   const Scalar length = scalar_of(norm, place), inverse = scalar_of(inv_scale, place);
   Session session(list.rows(), params[0]);
   perturb(session.set(), length, session.hyper(hyper, kPerturbColumns), inverse, backup_exists);
 }
 
 void restore_(Tensors params, Tensors backups) {
-  RowList list(params, Place::of(params.at(0)));
-  list.role(kWeight, params).role(kBackup, backups).backups_have_the_weights_dtype();
-  for (const Role role : {kWeight, kBackup}) check_role(list.rows(), role);
+  RowList list = restore_rows(params, backups, Place::of(params.at(0)));
   restore(Session(list.rows(), params[0]).set());
 }
 
@@ -179,11 +164,7 @@ void restore_sgd_(Tensors params, Tensors backups, Tensors grads, Tensors moment
                   Ints first, Tensors accumulators, MaybeTensor weight, MaybeTensor inv_scale, MaybeTensor found_inf,
                   MaybeTensor clip) {
   check_not_accumulating(accumulators, weight);
-  RowList list(params, Place::of(params.at(0)));
-  list.role(kWeight, params).role(kBackup, backups).role(kGrad, grads).role(kState0, momentum_buffers);
-  list.ints(&TensorRow::group, groups).ints(&TensorRow::first, first);
-  list.backups_have_the_weights_dtype();
-  for (const Role role : {kWeight, kBackup, kGrad}) check_role(list.rows(), role);
+  RowList list = sgd_rows(params, backups, grads, momentum_buffers, groups, first, Place::of(params.at(0)));
   Session session(list.rows(), params[0]);
   step_sgd(session, hyper, inv_scale, found_inf, clip);
 }
@@ -192,12 +173,8 @@ void restore_adamw_(Tensors params, Tensors backups, Tensors grads, Tensors exp_
                     Tensors max_exp_avg_sqs, Tensors steps, Tensor hyper, Ints groups, Tensors accumulators,
                     MaybeTensor weight, MaybeTensor inv_scale, MaybeTensor found_inf, MaybeTensor clip) {
   check_not_accumulating(accumulators, weight);
-  RowList list(params, Place::of(params.at(0)));
-  list.role(kWeight, params).role(kBackup, backups).role(kGrad, grads);
-  list.role(kState0, exp_avgs).role(kState1, exp_avg_sqs).role(kState2, max_exp_avg_sqs).role(kStep, steps);
-  list.ints(&TensorRow::group, groups);
-  list.backups_have_the_weights_dtype();
-  for (const Role role : {kWeight, kBackup, kGrad, kState0, kState1, kStep}) check_role(list.rows(), role);
+  const Place place = Place::of(params.at(0));
+  RowList list = adamw_rows(params, backups, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, groups, place);
   Session session(list.rows(), params[0]);
   step_adamw(session, hyper, inv_scale, found_inf, clip);
 }

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import functional, native, triton
+from . import backends, functional, native, triton
 from .checks import check_tensor, is_dense, same_layout
 from .door import Door
 from .dtypes import SUPPORTED
@@ -93,7 +93,7 @@ class TensorSet:
         steps: Adam's step counts.
         first: 1 where the base optimizer creates the momentum buffer in the coming step.
         perturbed: the cell that says whether the parameters are perturbed; shared between the set that perturbs and the one
-            that restores. On the native backend it is written in the same call that moves the weights.
+            that restores. The second door writes it in the call that moves the weights.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class TensorSet:
         )
 
     def _fast_way(self) -> _FastWay | None:
-        if self.backend not in DOORS or (self.backend == "native" and native.reason_not(self._device) is not None):
+        if self.backend not in DOORS or backends.COMPILED[self.backend](self._device) is not None:
             return None
         rows = self._build_rows()
         if rows is None:
