@@ -267,6 +267,15 @@ def unscaled(grads: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
     return list(torch._foreach_mul(list(grads), 1.0 / float(scale)))
 
 
+def not_all_zero(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those of the tensors that hold something else than zeros. Waits for each device once."""
+    answers: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        answers.setdefault(tensor.device, []).append(tensor.detach().any())
+    holding = {device: iter(torch.stack(found).tolist()) for device, found in answers.items()}
+    return [tensor for tensor in tensors if next(holding[tensor.device])]
+
+
 def combined_norm(norms: Sequence[Tensor]) -> Tensor:
     """The norm of several devices' norms together, on the first one's device: ``sqrt(sum n_i^2)`` without overflow."""
     if len(norms) == 1:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sam_fused.ops import backends
-from sam_fused.ops.functional import combined_norm
+from sam_fused.ops.functional import combined_norm, not_all_zero
 from sam_fused.ops.metrics import PerturbationMetrics
 
 from . import groups
@@ -420,7 +420,7 @@ class SAM(Optimizer):
         if not fresh and len(left) == len(grads):
             # The same tensors, but a backward adds into them. What zero_grad(set_to_none=False) has written holds nothing.
             written = [g for g, version in zip(grads, versions, strict=True) if g is not None and g._version != version]
-            fresh = _holding_something(written)
+            fresh = not_all_zero(written)
             if not fresh:
                 return
         raise RuntimeError(
@@ -531,17 +531,6 @@ def perturbed(optimizer: Any) -> Any:
                 "construct SAM(...) and pass that."
             )
     return inner.perturbed()
-
-
-def _holding_something(grads: list[Tensor]) -> list[Tensor]:
-    """The gradients that are not all zeros; asks each device once."""
-    if not grads:
-        return []
-    answers: dict[torch.device, list[Tensor]] = {}
-    for grad in grads:
-        answers.setdefault(grad.device, []).append(grad.detach().any())
-    holding = {device: iter(torch.stack(found).tolist()) for device, found in answers.items()}
-    return [grad for grad in grads if next(holding[grad.device])]
 
 
 def _evaluate(closure: Callable[[], Any]) -> Any:
