@@ -1,12 +1,16 @@
 """The benchmark's verdicts: from the numbers, never about a row that was not measured."""
 
+import argparse
 import csv
 
 import pytest
+from rich.console import Console
 
+from benchmarks import gpu
 from benchmarks.gpu import GPU_SETS, file_name
 from benchmarks.gpu_report import KernelRow, StepRow, targets, write_csv
 from benchmarks.report import REQUIRED
+from benchmarks.variants import BASELINES
 
 OURS = ("ours_native", "ours_triton")
 
@@ -76,3 +80,10 @@ def test_csv_holds_every_row(tmp_path):
 
 def test_file_names():
     assert file_name("NVIDIA H100 80GB HBM3").startswith("nvidia-h100-80gb-hbm3-20")
+
+
+def test_every_form_of_a_baseline_has_a_row_of_its_own():
+    """A baseline is as good as its best form, and which one that is a GPU decides."""
+    options = argparse.Namespace(rehearse=True, quick=True, sets=None, seconds=1.0)
+    rows = [(name, title) for name, title, _, _ in gpu.Run(options, Console())._wanted(BASELINES, ours=False)]
+    assert len(rows) == len(set(rows)) == sum(len(variant.forms) for variant in BASELINES) > len(BASELINES)
