@@ -58,6 +58,12 @@ SAM_FUSED_HD T perturbed_adaptive(T w, T g, T c) {
   return fused_multiply_add(c, w * (w * g), w);
 }
 
+// The gradient of several micro-batches: what was accumulated plus the weight of this one times its gradient.
+template <class T>
+SAM_FUSED_HD T accumulated(T sum, T g, T weight) {
+  return fused_multiply_add(weight, g, sum);
+}
+
 // What is optional in a base step is a template parameter: a condition inside the loops would keep them from being vectorised.
 // Two things need none, because multiplying by 1 changes no value: grad_factor (inv_scale times the clip factor, negative when
 // maximizing) and Adam's decay_factor.

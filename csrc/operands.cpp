@@ -97,19 +97,29 @@ RowList& RowList::backups_have_the_weights_dtype() {
   return *this;
 }
 
+RowList& RowList::accumulators_have_the_arithmetics_dtype(Role deciding) {
+  for (const TensorRow& row : rows_) {
+    const DType wanted = row.dtype(deciding) == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    STD_TORCH_CHECK(row.address[kAccumulator] == nullptr || row.dtype(kAccumulator) == wanted,
+                    "sam_fused: expected accumulators of the dtype that their tensors are computed in");
+  }
+  return *this;
+}
+
 void RowList::check_length(size_t length) const {
   STD_TORCH_CHECK(length == rows_.size(), "sam_fused: expected lists of one length, got ", length, " and ", rows_.size());
 }
 
-RowList norm_rows(const Tensors& grads, const Tensors& params, const Ints& scaling, Place place) {
+RowList norm_rows(const Tensors& grads, const Tensors& params, const Ints& scaling, const Tensors& accumulators, Place place) {
   RowList list(grads, place);
-  list.role(kGrad, grads).role(kWeight, params).ints(&TensorRow::scaling, scaling);
+  list.role(kGrad, grads).role(kWeight, params).role(kAccumulator, accumulators).ints(&TensorRow::scaling, scaling);
   for (const int64_t code : scaling) {
     STD_TORCH_CHECK(code == 0 || params.size() == grads.size(),
                     "sam_fused: expected params because a tensor is scaled by them, got none");
   }
   check_role(list.rows(), kGrad);
   if (!params.empty()) check_role(list.rows(), kWeight);
+  list.accumulators_have_the_arithmetics_dtype(kGrad);
   return list;
 }
 
@@ -130,18 +140,28 @@ RowList restore_rows(const Tensors& params, const Tensors& backups, Place place)
   return list;
 }
 
+RowList accumulate_rows(const Tensors& params, const Tensors& backups, const Tensors& grads, const Tensors& accumulators,
+                        Place place) {
+  RowList list = perturb_rows(params, backups, grads, {}, {}, place);
+  list.role(kAccumulator, accumulators).accumulators_have_the_arithmetics_dtype(kWeight);
+  check_role(list.rows(), kAccumulator);
+  return list;
+}
+
 RowList sgd_rows(const Tensors& params, const Tensors& backups, const Tensors& grads, const Tensors& momentum_buffers,
-                 const Ints& groups, const Ints& first, Place place) {
+                 const Ints& groups, const Ints& first, const Tensors& accumulators, Place place) {
   RowList list = perturb_rows(params, backups, grads, groups, {}, place);
-  list.role(kState0, momentum_buffers).ints(&TensorRow::first, first);
+  list.role(kState0, momentum_buffers).role(kAccumulator, accumulators).ints(&TensorRow::first, first);
+  list.accumulators_have_the_arithmetics_dtype(kWeight);
   return list;
 }
 
 RowList adamw_rows(const Tensors& params, const Tensors& backups, const Tensors& grads, const Tensors& exp_avgs,
                    const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs, const Tensors& steps, const Ints& groups,
-                   Place place) {
+                   const Tensors& accumulators, Place place) {
   RowList list = perturb_rows(params, backups, grads, groups, {}, place);
   list.role(kState0, exp_avgs).role(kState1, exp_avg_sqs).role(kState2, max_exp_avg_sqs).role(kStep, steps);
+  list.role(kAccumulator, accumulators).accumulators_have_the_arithmetics_dtype(kWeight);
   for (const Role role : {kState0, kState1, kStep}) check_role(list.rows(), role);
   return list;
 }
@@ -189,8 +209,13 @@ void check_state(Rows rows, const double* hyper, int64_t columns, int64_t wanted
   }
 }
 
-void check_not_accumulating(const Tensors& accumulators, const MaybeTensor& weight) {
-  STD_TORCH_CHECK(accumulators.empty() && !weight.has_value(), "sam_fused: accumulators are not supported yet");
+void check_accumulators(Rows rows, const MaybeTensor& weight) {
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const TensorRow& row = rows.data[i];
+    STD_TORCH_CHECK(row.numel == 0 || (row.address[kAccumulator] != nullptr) == weight.has_value(),
+                    "sam_fused: expected a weight where there are accumulators and only there, got ",
+                    weight.has_value() ? "no accumulator" : "no weight", " for tensor ", i);
+  }
 }
 
 int64_t* cell_of(const Tensor& perturbed) {

@@ -52,6 +52,8 @@ class RowList {
   RowList& role(Role role, const Tensors& tensors);
   RowList& ints(int64_t TensorRow::*field, const Ints& values);
   RowList& backups_have_the_weights_dtype();  // a backup is copied byte by byte
+  // fp64 where the tensor in `deciding` is fp64, else fp32: sums of many micro-batches need what they are computed in.
+  RowList& accumulators_have_the_arithmetics_dtype(Role deciding);
 
   Rows rows() { return {rows_.data(), static_cast<int64_t>(rows_.size())}; }
 
@@ -64,15 +66,18 @@ class RowList {
 };
 
 // The rows of the list operations, with every list that an operation needs in them.
-RowList norm_rows(const Tensors& grads, const Tensors& params, const Ints& scaling, Place place);
+RowList norm_rows(const Tensors& grads, const Tensors& params, const Ints& scaling, const Tensors& accumulators, Place place);
 RowList perturb_rows(const Tensors& params, const Tensors& backups, const Tensors& grads, const Ints& groups,
                      const Ints& scaling, Place place);
 RowList restore_rows(const Tensors& params, const Tensors& backups, Place place);
 RowList sgd_rows(const Tensors& params, const Tensors& backups, const Tensors& grads, const Tensors& momentum_buffers,
-                 const Ints& groups, const Ints& first, Place place);
+                 const Ints& groups, const Ints& first, const Tensors& accumulators, Place place);
 RowList adamw_rows(const Tensors& params, const Tensors& backups, const Tensors& grads, const Tensors& exp_avgs,
                    const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs, const Tensors& steps, const Ints& groups,
-                   Place place);
+                   const Tensors& accumulators, Place place);
+
+RowList accumulate_rows(const Tensors& params, const Tensors& backups, const Tensors& grads, const Tensors& accumulators,
+                        Place place);
 
 // A norm, and its flag, of these gradients: fp64 if any of them is.
 torch::headeronly::ScalarType norm_dtype(const Tensors& grads);
@@ -87,7 +92,8 @@ void check_table(const Tensor& hyper, int64_t columns, Rows rows);
 // State that the base optimizer reads must be there for every tensor whose group asks for it.
 void check_state(Rows rows, const double* hyper, int64_t columns, int64_t wanted_by, Role role);
 
-void check_not_accumulating(const Tensors& accumulators, const MaybeTensor& weight);
+// The last micro-batch's weight comes with accumulators, or neither does. `rows` have the accumulators' addresses, if any.
+void check_accumulators(Rows rows, const MaybeTensor& weight);
 
 // The cell that says whether weights are perturbed: looked up before they move, written after.
 int64_t* cell_of(const Tensor& perturbed);

@@ -19,13 +19,22 @@ struct PerturbConstants {
   bool stream;          // non-temporal stores for what is written and not read
 };
 
+// What a chunk of a micro-batch's restore does with the gradient.
+struct AccumulateConstants {
+  double weight;  // of the micro-batch
+  bool fresh;     // the accumulator is written and not read
+  bool stream;
+};
+
+// Where a row has an accumulator, the gradient is accumulator + weight * gradient; where not, `weight` is ignored.
 struct Kernels {
   const char* name;
-  void (*sum_of_squares)(const TensorRow&, const Chunk&, double inv_scale, SumOfSquares*);
+  void (*sum_of_squares)(const TensorRow&, const Chunk&, double weight, double inv_scale, SumOfSquares*);
   void (*perturb)(const TensorRow&, const Chunk&, const PerturbConstants&);
   void (*restore)(const TensorRow&, const Chunk&, bool stream);
-  void (*sgd)(const TensorRow&, const Chunk&, const SgdConstants<double>&, bool stream);
-  void (*adam)(const TensorRow&, const Chunk&, const AdamConstants<double>&, bool stream);
+  void (*accumulate)(const TensorRow&, const Chunk&, const AccumulateConstants&);
+  void (*sgd)(const TensorRow&, const Chunk&, const SgdConstants<double>&, double weight, bool stream);
+  void (*adam)(const TensorRow&, const Chunk&, const AdamConstants<double>&, double weight, bool stream);
 };
 
 const Kernels* default_kernels();

@@ -149,6 +149,19 @@ void with_arithmetic_type(const TensorRow& row, F f) {
   else f(float{});
 }
 
+// The block's gradient: with an accumulator in the row, what was accumulated plus the weighted gradient, in `buffer`.
+template <class T>
+const T* load_gradient(const TensorRow& row, int64_t element, int64_t n, double weight, T* buffer) {
+  const T* g = load(row, kGrad, element, n, buffer);
+  if (row.address[kAccumulator] == nullptr) return g;
+  alignas(64) T sum_buffer[kBlock];
+  const T* sum = load(row, kAccumulator, element, n, sum_buffer);
+  const T w = static_cast<T>(weight);
+  SAM_FUSED_INDEPENDENT
+  for (int64_t i = 0; i < n; ++i) buffer[i] = accumulated(sum[i], g[i], w);
+  return buffer;
+}
+
 // ---- the sum of squares -----------------------------------------------------------------------------------------------
 
 // A fixed number of lanes, added in a fixed tree: the same bits from every instruction set.
@@ -231,12 +244,12 @@ struct ScaledSquares {
 inline bool is_adaptive(const TensorRow& row) { return static_cast<Scaling>(row.scaling) == Scaling::kAbsWeight; }
 
 template <class T, class Accumulator>
-SumOfSquares chunk_sum_of_squares(const TensorRow& row, const Chunk& chunk, double inv_scale) {
+SumOfSquares chunk_sum_of_squares(const TensorRow& row, const Chunk& chunk, double weight, double inv_scale) {
   Accumulator accumulator;
   const bool adaptive = is_adaptive(row);
   for_each_block(chunk, [&](int64_t element, int64_t n) {
     alignas(64) T g_buffer[kBlock], w_buffer[kBlock];
-    const T* g = load(row, kGrad, element, n, g_buffer);
+    const T* g = load_gradient(row, element, n, weight, g_buffer);
     if (inv_scale != 1.0) {
       // Scaling before squaring: what overflows unscaled need not overflow scaled, and the other way round.
       for (int64_t i = 0; i < n; ++i) g_buffer[i] = g[i] * static_cast<T>(inv_scale);
@@ -252,10 +265,10 @@ SumOfSquares chunk_sum_of_squares(const TensorRow& row, const Chunk& chunk, doub
   return accumulator.total();
 }
 
-void sum_of_squares(const TensorRow& row, const Chunk& chunk, double inv_scale, SumOfSquares* slot) {
-  if (row.dtype(kGrad) == DType::kFloat64) *slot = chunk_sum_of_squares<double, ScaledSquares>(row, chunk, inv_scale);
-  else if (is_adaptive(row)) *slot = chunk_sum_of_squares<float, ExactSquares<true>>(row, chunk, inv_scale);
-  else *slot = chunk_sum_of_squares<float, ExactSquares<false>>(row, chunk, inv_scale);
+void sum_of_squares(const TensorRow& row, const Chunk& chunk, double weight, double inv_scale, SumOfSquares* slot) {
+  if (row.dtype(kGrad) == DType::kFloat64) *slot = chunk_sum_of_squares<double, ScaledSquares>(row, chunk, weight, inv_scale);
+  else if (is_adaptive(row)) *slot = chunk_sum_of_squares<float, ExactSquares<true>>(row, chunk, weight, inv_scale);
+  else *slot = chunk_sum_of_squares<float, ExactSquares<false>>(row, chunk, weight, inv_scale);
 }
 
 // ---- perturb and restore ----------------------------------------------------------------------------------------------
@@ -306,6 +319,38 @@ void perturb(const TensorRow& row, const Chunk& chunk, const PerturbConstants& k
   with_arithmetic_type(row, [&](auto zero) { perturb_chunk<decltype(zero)>(row, chunk, k); });
 }
 
+// ---- restore and accumulate ---------------------------------------------------------------------------------------------
+
+template <class T>
+void accumulate_loop(const T* sum, const T* g, T* out, int64_t n, T weight, bool fresh) {
+  if (fresh) {
+    SAM_FUSED_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) out[i] = weight * g[i];
+  } else {
+    SAM_FUSED_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) out[i] = accumulated(sum[i], g[i], weight);
+  }
+}
+
+template <class T>
+void accumulate_chunk(const TensorRow& row, const Chunk& chunk, const AccumulateConstants& k) {
+  for_each_block(chunk, [&](int64_t element, int64_t n) {
+    alignas(64) T g_buffer[kBlock], sum_buffer[kBlock];
+    restore(row, {chunk.tensor, element, n}, k.stream);
+    const T* g = load(row, kGrad, element, n, g_buffer);
+    const T* sum = k.fresh ? nullptr : load(row, kAccumulator, element, n, sum_buffer);
+    // Written without being read it may be streamed.
+    const bool stream = k.stream && k.fresh;
+    T* out = target(row, kAccumulator, element, sum_buffer, stream);
+    accumulate_loop(sum, g, out, n, static_cast<T>(k.weight), k.fresh);
+    store(row, kAccumulator, element, n, out, stream);
+  });
+}
+
+void accumulate(const TensorRow& row, const Chunk& chunk, const AccumulateConstants& k) {
+  with_arithmetic_type(row, [&](auto zero) { accumulate_chunk<decltype(zero)>(row, chunk, k); });
+}
+
 // ---- the last pass: restore and base optimizer in one -------------------------------------------------------------------
 
 // f(a true or false type): a flag becomes a template parameter.
@@ -344,14 +389,14 @@ SgdLoop<T> sgd_loop_for(Momentum momentum, const SgdConstants<double>& k) {
 }
 
 template <class T>
-void sgd_chunk(const TensorRow& row, const Chunk& chunk, const SgdConstants<double>& wide, bool stream) {
+void sgd_chunk(const TensorRow& row, const Chunk& chunk, const SgdConstants<double>& wide, double weight, bool stream) {
   const SgdConstants<T> k = rounded<T>(wide);
   const Momentum momentum = !k.has_momentum ? Momentum::kNone : row.first ? Momentum::kFirst : Momentum::kRunning;
   const SgdLoop<T> loop = sgd_loop_for<T>(momentum, wide);
   for_each_block(chunk, [&](int64_t element, int64_t n) {
     alignas(64) T g_buffer[kBlock], w_buffer[kBlock], v_buffer[kBlock], result[kBlock];
     const T* w = load(row, kBackup, element, n, w_buffer);
-    const T* g = load(row, kGrad, element, n, g_buffer);
+    const T* g = load_gradient(row, element, n, weight, g_buffer);
     const T* v = momentum == Momentum::kRunning ? load(row, kState0, element, n, v_buffer) : nullptr;
     T* v_out = momentum == Momentum::kNone ? nullptr : target(row, kState0, element, v_buffer, false);
     T* out = target(row, kWeight, element, result, stream);
@@ -361,8 +406,8 @@ void sgd_chunk(const TensorRow& row, const Chunk& chunk, const SgdConstants<doub
   });
 }
 
-void sgd(const TensorRow& row, const Chunk& chunk, const SgdConstants<double>& k, bool stream) {
-  with_arithmetic_type(row, [&](auto zero) { sgd_chunk<decltype(zero)>(row, chunk, k, stream); });
+void sgd(const TensorRow& row, const Chunk& chunk, const SgdConstants<double>& k, double weight, bool stream) {
+  with_arithmetic_type(row, [&](auto zero) { sgd_chunk<decltype(zero)>(row, chunk, k, weight, stream); });
 }
 
 template <class T>
@@ -385,14 +430,14 @@ void adam_loop(AdamConstants<T> k, AdamBlock<T> b, int64_t n) {
 }
 
 template <class T, bool kCoupledWeightDecay, bool kAmsgrad>
-void adam_chunk(const TensorRow& row, const Chunk& chunk, const AdamConstants<double>& wide, bool stream) {
+void adam_chunk(const TensorRow& row, const Chunk& chunk, const AdamConstants<double>& wide, double weight, bool stream) {
   const AdamConstants<T> k = rounded<T>(wide);
   for_each_block(chunk, [&](int64_t element, int64_t n) {
     alignas(64) T g_buffer[kBlock], w_buffer[kBlock], result[kBlock];
     alignas(64) T m_buffer[kBlock], v_buffer[kBlock], max_buffer[kBlock];
     AdamBlock<T> b{};
     b.w = load(row, kBackup, element, n, w_buffer);
-    b.g = load(row, kGrad, element, n, g_buffer);
+    b.g = load_gradient(row, element, n, weight, g_buffer);
     b.m = load(row, kState0, element, n, m_buffer);
     b.v = load(row, kState1, element, n, v_buffer);
     b.w_out = target(row, kWeight, element, result, stream);
@@ -410,14 +455,14 @@ void adam_chunk(const TensorRow& row, const Chunk& chunk, const AdamConstants<do
   });
 }
 
-void adam_step(const TensorRow& row, const Chunk& chunk, const AdamConstants<double>& k, bool stream) {
+void adam_step(const TensorRow& row, const Chunk& chunk, const AdamConstants<double>& k, double weight, bool stream) {
   with_arithmetic_type(row, [&](auto zero) {
     with_flag(k.coupled_weight_decay, [&](auto coupled) {
       with_flag(k.amsgrad, [&](auto amsgrad) {
-        adam_chunk<decltype(zero), decltype(coupled)::value, decltype(amsgrad)::value>(row, chunk, k, stream);
+        adam_chunk<decltype(zero), decltype(coupled)::value, decltype(amsgrad)::value>(row, chunk, k, weight, stream);
       });
     });
   });
 }
 
-constexpr Kernels kTable{SAM_FUSED_ISA_NAME, sum_of_squares, perturb, restore, sgd, adam_step};
+constexpr Kernels kTable{SAM_FUSED_ISA_NAME, sum_of_squares, perturb, restore, accumulate, sgd, adam_step};

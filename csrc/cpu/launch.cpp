@@ -84,12 +84,12 @@ void for_each_chunk(const Plan& plan, const F& f) {
 
 }  // namespace
 
-double grad_norm(Rows rows, double inv_scale) {
+double grad_norm(Rows rows, double weight, double inv_scale) {
   const Plan plan = plan_of(rows);
   std::vector<SumOfSquares> slots(plan.chunks());
   const Kernels& kernel = kernels();
   for_each_chunk(plan, [&](int64_t c, const Chunk& chunk) {
-    kernel.sum_of_squares(rows.data[chunk.tensor], chunk, inv_scale, &slots[c]);
+    kernel.sum_of_squares(rows.data[chunk.tensor], chunk, weight, inv_scale, &slots[c]);
   });
   SumOfSquares total;
   for (const SumOfSquares& slot : slots) total = total + slot;
@@ -120,6 +120,15 @@ void restore(Rows rows) {
                  [&](int64_t, const Chunk& chunk) { kernel.restore(rows.data[chunk.tensor], chunk, stream); });
 }
 
+void restore_accumulate(Rows rows, double weight, bool fresh) {
+  const Plan plan = plan_of(rows);
+  const Kernels& kernel = kernels();
+  const bool stream = worth_streaming(plan, 5);
+  for_each_chunk(plan, [&](int64_t, const Chunk& chunk) {
+    kernel.accumulate(rows.data[chunk.tensor], chunk, {weight, fresh, stream});
+  });
+}
+
 void restore_sgd(Rows rows, const double* hyper, const GradPolicy& policy) {
   if (policy.found_inf) return restore(rows);
   const Plan plan = plan_of(rows);
@@ -133,7 +142,7 @@ void restore_sgd(Rows rows, const double* hyper, const GradPolicy& policy) {
     const TensorRow& row = rows.data[chunk.tensor];
     // Where the weight is its own backup it is read, so it is already in the cache.
     const bool stream_weight = stream && row.address[kWeight] != row.address[kBackup];
-    kernel.sgd(row, chunk, constants[chunk.tensor], stream_weight);
+    kernel.sgd(row, chunk, constants[chunk.tensor], policy.weight, stream_weight);
   });
 }
 
@@ -162,7 +171,7 @@ void restore_adamw(Rows rows, const double* hyper, const GradPolicy& policy) {
   for_each_chunk(plan, [&](int64_t, const Chunk& chunk) {
     const TensorRow& row = rows.data[chunk.tensor];
     const bool stream_weight = stream && row.address[kWeight] != row.address[kBackup];
-    kernel.adam(row, chunk, constants[chunk.tensor], stream_weight);
+    kernel.adam(row, chunk, constants[chunk.tensor], policy.weight, stream_weight);
   });
 }
 

@@ -42,8 +42,16 @@ const double* table_of(const Tensor& hyper, int64_t columns, Rows rows) {
   return static_cast<const double*>(hyper.data_ptr());
 }
 
-GradPolicy policy_of(const MaybeTensor& inv_scale, const MaybeTensor& found_inf, const MaybeTensor& clip) {
+// The weight of a micro-batch; 1, and ignored, where the rows have no accumulators.
+double weight_of(Rows rows, const MaybeTensor& weight) {
+  check_accumulators(rows, weight);
+  return value_or(weight, 1);
+}
+
+GradPolicy policy_of(Rows rows, const MaybeTensor& weight, const MaybeTensor& inv_scale, const MaybeTensor& found_inf,
+                     const MaybeTensor& clip) {
   GradPolicy policy;
+  policy.weight = weight_of(rows, weight);
   policy.factor = value_or(inv_scale, 1) * value_or(clip, 1);
   policy.found_inf = value_or(found_inf, 0) != 0;
   return policy;
@@ -53,11 +61,10 @@ GradPolicy policy_of(const MaybeTensor& inv_scale, const MaybeTensor& found_inf,
 
 std::tuple<Tensor, Tensor> grad_norm(Tensors grads, Tensors params, Ints scaling, Tensors accumulators, MaybeTensor weight,
                                      MaybeTensor inv_scale) {
-  check_not_accumulating(accumulators, weight);
-  RowList list = norm_rows(grads, params, scaling, Place::cpu());
+  RowList list = norm_rows(grads, params, scaling, accumulators, Place::cpu());
   Tensor norm = new_scalar(grads.at(0), norm_dtype(grads));
   Tensor found_inf = new_scalar(grads.at(0), ScalarType::Float);
-  set_norm(norm, found_inf, grad_norm(list.rows(), value_or(inv_scale, 1)));
+  set_norm(norm, found_inf, grad_norm(list.rows(), weight_of(list.rows(), weight), value_or(inv_scale, 1)));
   return {norm, found_inf};
 }
 
@@ -72,31 +79,38 @@ void restore_(Tensors params, Tensors backups) {
   restore(restore_rows(params, backups, Place::cpu()).rows());
 }
 
+void restore_accumulate_(Tensors params, Tensors backups, Tensors grads, Tensors accumulators, Tensor weight, bool fresh) {
+  RowList list = accumulate_rows(params, backups, grads, accumulators, Place::cpu());
+  restore_accumulate(list.rows(), value_of(weight), fresh);
+}
+
 void restore_sgd_(Tensors params, Tensors backups, Tensors grads, Tensors momentum_buffers, Tensor hyper, Ints groups,
                   Ints first, Tensors accumulators, MaybeTensor weight, MaybeTensor inv_scale, MaybeTensor found_inf,
                   MaybeTensor clip) {
-  check_not_accumulating(accumulators, weight);
-  RowList list = sgd_rows(params, backups, grads, momentum_buffers, groups, first, Place::cpu());
+  RowList list = sgd_rows(params, backups, grads, momentum_buffers, groups, first, accumulators, Place::cpu());
   const Rows rows = list.rows();
   const double* table = table_of(hyper, kSgdColumns, rows);
   check_state(rows, table, kSgdColumns, kMomentum, kState0);
-  restore_sgd(rows, table, policy_of(inv_scale, found_inf, clip));
+  restore_sgd(rows, table, policy_of(rows, weight, inv_scale, found_inf, clip));
 }
 
 void restore_adamw_(Tensors params, Tensors backups, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
                     Tensors max_exp_avg_sqs, Tensors steps, Tensor hyper, Ints groups, Tensors accumulators,
                     MaybeTensor weight, MaybeTensor inv_scale, MaybeTensor found_inf, MaybeTensor clip) {
-  check_not_accumulating(accumulators, weight);
-  RowList list = adamw_rows(params, backups, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, groups, Place::cpu());
+  RowList list =
+      adamw_rows(params, backups, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, groups, accumulators, Place::cpu());
   const Rows rows = list.rows();
   const double* table = table_of(hyper, kAdamColumns, rows);
   check_state(rows, table, kAdamColumns, kAmsgrad, kState2);
-  restore_adamw(rows, table, policy_of(inv_scale, found_inf, clip));
+  restore_adamw(rows, table, policy_of(rows, weight, inv_scale, found_inf, clip));
 }
 
-void prepared_grad_norm_(Tensor rows, Tensor grads, Tensor norm, Tensor found_inf, MaybeTensor inv_scale,
-                         MaybeTensor) {
-  set_norm(norm, found_inf, grad_norm(rows_of(rows, grads), value_or(inv_scale, 1)));
+void prepared_grad_norm_(Tensor rows, Tensor grads, Tensor norm, Tensor found_inf, MaybeTensor weight, MaybeTensor inv_scale,
+                         MaybeTensor overflows, MaybeTensor) {
+  const Rows all = rows_of(rows, grads);
+  int64_t* count = overflows.has_value() ? cell_of(*overflows) : nullptr;
+  set_norm(norm, found_inf, grad_norm(all, weight_of(all, weight), value_or(inv_scale, 1)));
+  if (count != nullptr && value_of(found_inf) != 0) ++*count;
 }
 
 void prepared_perturb_(Tensor rows, Tensor grads, Tensor norm, Tensor hyper, Tensor perturbed, bool backup_exists,
@@ -113,23 +127,31 @@ void prepared_restore_(Tensor rows, Tensor perturbed, MaybeTensor) {
   *cell = 0;
 }
 
-void prepared_restore_sgd_(Tensor rows, Tensor grads, Tensor hyper, Tensor perturbed, MaybeTensor inv_scale,
-                           MaybeTensor found_inf, MaybeTensor clip, MaybeTensor) {
+void prepared_restore_accumulate_(Tensor rows, Tensor grads, Tensor weight, Tensor perturbed, bool fresh, MaybeTensor) {
+  const Rows all = rows_of(rows, grads);
+  check_accumulators(all, weight);
+  int64_t* cell = cell_of(perturbed);
+  restore_accumulate(all, value_of(weight), fresh);
+  *cell = 0;
+}
+
+void prepared_restore_sgd_(Tensor rows, Tensor grads, Tensor hyper, Tensor perturbed, MaybeTensor weight,
+                           MaybeTensor inv_scale, MaybeTensor found_inf, MaybeTensor clip, MaybeTensor) {
   const Rows all = rows_of(rows, grads);
   const double* table = table_of(hyper, kSgdColumns, all);
   check_state(all, table, kSgdColumns, kMomentum, kState0);
   int64_t* cell = cell_of(perturbed);
-  restore_sgd(all, table, policy_of(inv_scale, found_inf, clip));
+  restore_sgd(all, table, policy_of(all, weight, inv_scale, found_inf, clip));
   *cell = 0;
 }
 
-void prepared_restore_adamw_(Tensor rows, Tensor grads, Tensor hyper, Tensor perturbed, MaybeTensor inv_scale,
-                             MaybeTensor found_inf, MaybeTensor clip, MaybeTensor) {
+void prepared_restore_adamw_(Tensor rows, Tensor grads, Tensor hyper, Tensor perturbed, MaybeTensor weight,
+                             MaybeTensor inv_scale, MaybeTensor found_inf, MaybeTensor clip, MaybeTensor) {
   const Rows all = rows_of(rows, grads);
   const double* table = table_of(hyper, kAdamColumns, all);
   check_state(all, table, kAdamColumns, kAmsgrad, kState2);
   int64_t* cell = cell_of(perturbed);
-  restore_adamw(all, table, policy_of(inv_scale, found_inf, clip));
+  restore_adamw(all, table, policy_of(all, weight, inv_scale, found_inf, clip));
   *cell = 0;
 }
 

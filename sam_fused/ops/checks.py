@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .dtypes import SUPPORTED, SUPPORTED_NAMES
+from .dtypes import SUPPORTED, SUPPORTED_NAMES, arithmetic_dtype
 from .fingerprint import PLAIN_TYPES
 
 
@@ -88,6 +88,11 @@ def check_lists(reference: Sequence[Tensor], called: str = "params", /, **others
                     f"{name}[{index}]: expected {param.dtype} as its parameter, got {tensor.dtype}: a backup is a copy "
                     "of the bits, make it with torch.empty_like(param)."
                 )
+            if name == "accumulators" and tensor.dtype != arithmetic_dtype(param.dtype):
+                raise TypeError(
+                    f"{name}[{index}]: expected {arithmetic_dtype(param.dtype)}, what {param.dtype} is computed in, got "
+                    f"{tensor.dtype}: sums of many micro-batches need it, make it with torch.empty_like(param, dtype=...)."
+                )
 
 
 def check_hyper(hyper: Tensor, columns: tuple[str, ...], groups: Sequence[int], params: Sequence[Tensor]) -> None:
@@ -156,10 +161,11 @@ def check_scalar(scalar: Tensor | None, name: str, device: torch.device | None =
         )
 
 
-def refuse_accumulators(accumulators: Sequence[Tensor], weight: Tensor | None) -> None:
-    """Operands of micro-batch SAM: in the schemas, not in the kernels yet."""
-    if accumulators or weight is not None:
-        raise NotImplementedError("accumulators, weight: expected none (not implemented yet), got some: leave them out.")
+def check_accumulators(accumulators: Sequence[Tensor], weight: Tensor | None) -> None:
+    """What was accumulated and the weight of what is added to it: both or neither."""
+    if bool(len(accumulators)) != (weight is not None):
+        got = "accumulators alone" if weight is None else "a weight alone"
+        raise ValueError(f"accumulators, weight: expected both or neither, got {got}: pass the weight of this micro-batch, |S_k|/|B|.")
 
 
 def refuse_shared_memory(params: Sequence[Tensor]) -> None:

@@ -14,7 +14,7 @@ class Door(Protocol):
     ``rows`` is the table of ``ops/rows.py``, on the CPU; ``grads`` an int64 tensor on the CPU with one gradient address per
     row (0 where the tensor is empty); ``table`` whatever ``table()`` made of ``rows`` for the device, to be reused as long as
     the rows stay what they were; ``perturbed`` an int64 cell on the CPU, set to 1 by the call that moves the weights and to 0
-    by the one that brings them back. Scalars are 0-dim fp32 or fp64 tensors on the parameters' device, ``hyper`` a float64
+    by the one that brings them back. ``weight`` is given if the rows have accumulators, and only then. Scalars are 0-dim fp32 or fp64 tensors on the parameters' device, ``hyper`` a float64
     table there or on the CPU.
     """
 
@@ -22,9 +22,18 @@ class Door(Protocol):
         """The rows where kernels on ``device`` can read them; None where they read ``rows`` itself."""
 
     def grad_norm_(
-        self, rows: Tensor, grads: Tensor, norm: Tensor, found_inf: Tensor, inv_scale: Tensor | None, table: Any
+        self,
+        rows: Tensor,
+        grads: Tensor,
+        norm: Tensor,
+        found_inf: Tensor,
+        weight: Tensor | None,
+        inv_scale: Tensor | None,
+        overflows: Tensor | None,
+        table: Any,
     ) -> None:
-        """Writes the norm and the non-finite flag into the tensors given."""
+        """Writes the norm and the non-finite flag into the tensors given. ``overflows``, an int64 scalar on the parameters'
+        device, becomes one more where the norm is not finite."""
 
     def perturb_(
         self,
@@ -40,12 +49,17 @@ class Door(Protocol):
 
     def restore_(self, rows: Tensor, perturbed: Tensor, table: Any) -> None: ...
 
+    def restore_accumulate_(
+        self, rows: Tensor, grads: Tensor, weight: Tensor, perturbed: Tensor, fresh: bool, table: Any
+    ) -> None: ...
+
     def restore_sgd_(
         self,
         rows: Tensor,
         grads: Tensor,
         hyper: Tensor,
         perturbed: Tensor,
+        weight: Tensor | None,
         inv_scale: Tensor | None,
         found_inf: Tensor | None,
         clip: Tensor | None,
@@ -59,6 +73,7 @@ class Door(Protocol):
         grads: Tensor,
         hyper: Tensor,
         perturbed: Tensor,
+        weight: Tensor | None,
         inv_scale: Tensor | None,
         found_inf: Tensor | None,
         clip: Tensor | None,

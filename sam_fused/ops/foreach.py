@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import schema
-from .checks import is_dense, refuse_accumulators, same_layout
+from .checks import is_dense, same_layout
 from .dtypes import arithmetic_dtype
 from .fingerprint import PLAIN_TYPES
 
@@ -107,6 +107,20 @@ def _norms_of(values: list[Tensor], inv_scale: Tensor | None) -> Tensor:
     return torch.where(largest.isfinite(), norm, largest)
 
 
+def _weighted(grads: list[Tensor], weight: Tensor) -> list[Tensor]:
+    """``weight g`` in copies; halves become fp32."""
+    return list(torch._foreach_mul(_widened(grads), weight))
+
+
+def _summed(grads: Sequence[Tensor], accumulators: Sequence[Tensor], weight: Tensor | None) -> list[Tensor]:
+    """``accumulator + weight g`` in copies; the gradients themselves where nothing was accumulated."""
+    if not accumulators or weight is None:
+        return list(grads)
+    if weight.device.type == "cpu":
+        return list(torch._foreach_add(list(accumulators), _widened(grads), alpha=float(weight)))
+    return list(torch._foreach_add(list(accumulators), _weighted(list(grads), weight)))
+
+
 def grad_norm(
     grads: Sequence[Tensor],
     params: Sequence[Tensor] = (),
@@ -115,10 +129,10 @@ def grad_norm(
     weight: Tensor | None = None,
     inv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    refuse_accumulators(accumulators, weight)
     values: list[Tensor] = []
+    summed = _summed(grads, accumulators, weight)
     for (scaled,), indices in _by_group(len(grads), scaling):
-        chosen = _pick(grads, indices)
+        chosen = _pick(summed, indices)
         if scaled:
             wide = _widened(chosen)
             chosen = list(torch._foreach_mul(wide, [w.to(g.dtype) for w, g in zip(_pick(params, indices), wide, strict=True)]))
@@ -177,6 +191,39 @@ def restore_(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
         torch._foreach_copy_([param for param, _ in moved], [backup for _, backup in moved])
 
 
+def restore_accumulate_(
+    params: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    accumulators: Sequence[Tensor],
+    weight: Tensor,
+    fresh: bool = False,
+) -> None:
+    restore_(params, backups)
+    on_cpu = weight.device.type == "cpu"
+    if fresh:
+        # Copied and then scaled in place: no list of products is allocated.
+        torch._foreach_copy_(list(accumulators), list(grads))
+        torch._foreach_mul_(list(accumulators), float(weight) if on_cpu else weight)
+    elif on_cpu:
+        torch._foreach_add_(list(accumulators), _widened(grads), alpha=float(weight))
+    else:
+        torch._foreach_add_(list(accumulators), _weighted(list(grads), weight))
+
+
+def _directions(
+    params: list[Tensor],
+    grads: list[Tensor],
+    accumulators: list[Tensor],
+    weight: Tensor | None,
+    inv_scale: Tensor | None,
+    clip: Tensor | None,
+) -> list[Tensor]:
+    """The base step's gradients. Sums are in the arithmetic's dtype, and torch's base steps want the parameters'."""
+    directions = _scaled(_summed(grads, accumulators, weight), inv_scale, clip)
+    return [d.to(p.dtype) for d, p in zip(directions, params, strict=True)]
+
+
 def _scaled(grads: list[Tensor], inv_scale: Tensor | None, clip: Tensor | None) -> list[Tensor]:
     """The gradients times their factors, in a copy: gradients are never written into."""
     if inv_scale is None and clip is None:
@@ -231,14 +278,14 @@ def restore_sgd_(
     found_inf: Tensor | None = None,
     clip: Tensor | None = None,
 ) -> None:
-    refuse_accumulators(accumulators, weight)
     restore_(params, backups)
     saved = _saved_if_skippable(found_inf, (params, momentum_buffers))
     table = hyper.tolist()
     for (group, is_first), indices in _by_group(len(params), groups, first):
         lr, momentum, dampening, weight_decay, nesterov, maximize = table[group]
         chosen = _pick(params, indices)
-        directions = _scaled(_pick(grads, indices), inv_scale, clip)
+        summands = _pick(grads, indices), _pick(accumulators, indices) if accumulators else []
+        directions = _directions(chosen, *summands, weight, inv_scale, clip)
         buffers = _pick(momentum_buffers, indices) if momentum else []
         if _fusible(chosen, directions, *([buffers] if buffers else [])):
             torch._fused_sgd_(
@@ -285,7 +332,6 @@ def restore_adamw_(
     found_inf: Tensor | None = None,
     clip: Tensor | None = None,
 ) -> None:
-    refuse_accumulators(accumulators, weight)
     restore_(params, backups)
     state = (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
     saved = _saved_if_skippable(found_inf, state)
@@ -293,7 +339,8 @@ def restore_adamw_(
     for (group,), indices in _by_group(len(params), groups):
         lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize = table[group]
         chosen = _pick(params, indices)
-        directions = _scaled(_pick(grads, indices), inv_scale, clip)
+        summands = _pick(grads, indices), _pick(accumulators, indices) if accumulators else []
+        directions = _directions(chosen, *summands, weight, inv_scale, clip)
         m, v, counts = _pick(exp_avgs, indices), _pick(exp_avg_sqs, indices), _pick(steps, indices)
         largest = _pick(max_exp_avg_sqs, indices) if amsgrad else []
         torch._foreach_add_(counts, 1)

@@ -67,27 +67,26 @@ def grad_norm(
 ) -> tuple[Tensor, Tensor]:
     """The norm of all gradients together, ``sqrt(sum_i ||T_i g_i||^2)``, and whether it is not finite.
 
-    Reads g (and w where T = ``|w|``), writes nothing: 1 access per element. ``params`` may be empty if nothing is scaled.
+    Reads g (and w where T = ``|w|``), writes nothing: 1 access per element. ``params`` may be empty if nothing is scaled. With
+    accumulators g is ``accumulator + weight g``: 2 accesses.
 
     Returns:
         The norm, 0-dim fp32 (fp64 if any gradient is fp64), and a 0-dim fp32 flag: 1.0 if the norm is inf or NaN, else 0.0.
     """
-    checks.refuse_accumulators(accumulators, weight)
-    checks.check_lists(grads, "grads", **({"params": params} if len(params) or any(scaling) else {}))
+    summed = _summed(accumulators, weight)
+    checks.check_lists(grads, "grads", **({"params": params} if len(params) or any(scaling) else {}), **summed)
     checks.check_ints(scaling, "scaling", len(grads), (0, 1))
-    inv_scale = _scalar(inv_scale, "inv_scale", grads)
+    scalars = _scalars(grads, weight=weight, inv_scale=inv_scale)
     if not grads:
         backends.check_name(backend)
         nothing = torch.zeros((), dtype=torch.float32, device="cpu")
         return nothing, nothing.clone()
-    lists = {"grads": grads, **({"params": params} if any(scaling) else {})}
+    lists = {"grads": grads, **({"params": params} if any(scaling) else {}), **summed}
     if any(scaling):
         # The weights' arrangement in memory is the one to fit: they are the larger and the longer-lived.
-        scaled: tuple[Tensor, Tensor] = run(
-            "grad_norm", backend, lists, "params", {"scaling": list(scaling), "inv_scale": inv_scale}
-        )
+        scaled: tuple[Tensor, Tensor] = run("grad_norm", backend, lists, "params", {"scaling": list(scaling), **scalars})
         return scaled
-    plain: tuple[Tensor, Tensor] = run("grad_norm", backend, lists, "grads", {"inv_scale": inv_scale})
+    plain: tuple[Tensor, Tensor] = run("grad_norm", backend, lists, "grads", scalars)
     return plain
 
 
@@ -144,6 +143,36 @@ def restore_(params: Sequence[Tensor], backups: Sequence[Tensor], *, backend: st
     run("restore_", backend, {"params": params, "backups": backups}, "params", {})
 
 
+def restore_accumulate_(
+    params: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    accumulators: Sequence[Tensor],
+    weight: Tensor,
+    *,
+    fresh: bool = False,
+    backend: str | None = None,
+) -> None:
+    """``w = backup; accumulator = accumulator + weight g``: the end of a micro-batch [mSAM: 2302.09693].
+
+    Reads backup, g and accumulator, writes w and accumulator: 5 accesses per element. With ``fresh`` the accumulator is
+    written, ``weight g``, and not read: 4. ``backups[i]`` may be ``params[i]``: then nothing is restored.
+
+    Args:
+        accumulators: one per parameter, in the dtype of the arithmetic (fp32, fp64 for fp64): halves would lose what many
+            micro-batches add up to.
+        weight: scalar tensor, the micro-batch's share of the batch, ``|S_k| / |B|``.
+    """
+    checks.check_accumulators(accumulators, weight)
+    checks.check_lists(params, backups=backups, grads=grads, accumulators=accumulators)
+    weight = _scalar(weight, "weight", params)
+    if not params:
+        backends.check_name(backend)
+        return
+    lists = {"params": params, "backups": backups, "grads": grads, "accumulators": accumulators}
+    run("restore_accumulate_", backend, lists, "params", {"weight": weight, "fresh": fresh})
+
+
 def restore_sgd_(
     params: Sequence[Tensor],
     backups: Sequence[Tensor],
@@ -171,12 +200,12 @@ def restore_sgd_(
         hyper: columns ``lr``, ``momentum``, ``dampening``, ``weight_decay``, ``nesterov``, ``maximize``.
         first: 1 where the buffer is created in this step, as torch ignores dampening then; empty means 0.
     """
-    checks.refuse_accumulators(accumulators, weight)
+    summed = _summed(accumulators, weight)
     with_momentum = {"momentum_buffers": momentum_buffers}
-    checks.check_lists(params, backups=backups, grads=grads, **(with_momentum if len(momentum_buffers) else {}))
+    checks.check_lists(params, backups=backups, grads=grads, **(with_momentum if len(momentum_buffers) else {}), **summed)
     checks.check_hyper(hyper, schema.SGD_COLUMNS, groups, params)
     checks.check_ints(first, "first", len(params), (0, 1))
-    scalars = _scalars(params, inv_scale=inv_scale, found_inf=found_inf, clip=clip)
+    scalars = _scalars(params, weight=weight, inv_scale=inv_scale, found_inf=found_inf, clip=clip)
     if not params:
         backends.check_name(backend)
         return
@@ -185,7 +214,7 @@ def restore_sgd_(
     run(
         "restore_sgd_",
         backend,
-        {"params": params, "backups": backups, "grads": grads, **with_momentum},
+        {"params": params, "backups": backups, "grads": grads, **with_momentum, **summed},
         "params",
         {"hyper": hyper, "groups": list(groups), "first": list(first), **scalars},
     )
@@ -221,12 +250,12 @@ def restore_adamw_(
         steps: the number of steps taken, one scalar tensor per parameter, float32 or float64; incremented by this call.
         hyper: columns ``lr``, ``beta1``, ``beta2``, ``eps``, ``weight_decay``, ``decoupled``, ``amsgrad``, ``maximize``.
     """
-    checks.refuse_accumulators(accumulators, weight)
+    summed = _summed(accumulators, weight)
     with_max = {"max_exp_avg_sqs": max_exp_avg_sqs}
     moments = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    checks.check_lists(params, backups=backups, grads=grads, **moments, **(with_max if len(max_exp_avg_sqs) else {}))
+    checks.check_lists(params, backups=backups, grads=grads, **moments, **(with_max if len(max_exp_avg_sqs) else {}), **summed)
     checks.check_hyper(hyper, schema.ADAM_COLUMNS, groups, params)
-    scalars = _scalars(params, inv_scale=inv_scale, found_inf=found_inf, clip=clip)
+    scalars = _scalars(params, weight=weight, inv_scale=inv_scale, found_inf=found_inf, clip=clip)
     if len(steps) != len(params):
         raise ValueError(
             f"steps: expected {len(params)} scalar tensors as there are params, got {len(steps)}: pass one for each."
@@ -241,10 +270,16 @@ def restore_adamw_(
     run(
         "restore_adamw_",
         backend,
-        {"params": params, "backups": backups, "grads": grads, **moments, **with_max, "steps": steps},
+        {"params": params, "backups": backups, "grads": grads, **moments, **with_max, "steps": steps, **summed},
         "params",
         {"hyper": hyper, "groups": list(groups), **scalars},
     )
+
+
+def _summed(accumulators: Sequence[Tensor], weight: Tensor | None) -> dict[str, Sequence[Tensor]]:
+    """The accumulators as one of the lists to check and to pass on; nothing where there are none."""
+    checks.check_accumulators(accumulators, weight)
+    return {"accumulators": accumulators} if len(accumulators) else {}
 
 
 def _scalar(scalar: Any, name: str, tensors: Sequence[Tensor]) -> Any:

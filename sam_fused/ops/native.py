@@ -151,6 +151,9 @@ class NativeDoor:
     def restore_(self, *arguments: Any) -> None:
         torch.ops.sam_fused.prepared_restore_(*arguments)
 
+    def restore_accumulate_(self, *arguments: Any) -> None:
+        torch.ops.sam_fused.prepared_restore_accumulate_(*arguments)
+
     def restore_sgd_(self, *arguments: Any) -> None:
         torch.ops.sam_fused.prepared_restore_sgd_(*arguments)
 

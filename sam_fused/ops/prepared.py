@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,18 @@ class Gradients:
     tensors: Sequence[Tensor]
     addresses: Tensor | None  # int64, for the fast way; None where the lists must be taken
     fit: bool  # whether the list operations would find nothing to say about them
+
+
+class Factors(NamedTuple):
+    """The scalars of a last pass, 0-dim tensors on the parameters' device: see ``sam_fused.ops.schema``. In the doors' order."""
+
+    weight: Tensor | None = None
+    inv_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    clip: Tensor | None = None
+
+
+NO_FACTORS = Factors()
 
 
 # Sets that a CUDA graph reads: their tables, norms and backups must live as long as the graph, and nobody says when that ends.
@@ -92,6 +104,8 @@ class TensorSet:
             ``(exp_avgs, exp_avg_sqs, max_exp_avg_sqs)``.
         steps: Adam's step counts.
         first: 1 where the base optimizer creates the momentum buffer in the coming step.
+        accumulators: what the micro-batches before this one add up to, for a set that ends a micro-batch.
+        grad_dtypes: those of the gradients to come, where they are not the parameters'.
         perturbed: the cell that says whether the parameters are perturbed; shared between the set that perturbs and the one
             that restores. The second door writes it in the call that moves the weights.
     """
@@ -107,6 +121,8 @@ class TensorSet:
         states: tuple[Sequence[Tensor], ...] = (),
         steps: Sequence[Tensor] = (),
         first: Sequence[int] = (),
+        accumulators: Sequence[Tensor] = (),
+        grad_dtypes: Sequence[torch.dtype] = (),
         perturbed: Tensor | None = None,
     ) -> None:
         self.params = list(params)
@@ -117,11 +133,12 @@ class TensorSet:
         self.states = tuple(list(state) for state in states)
         self.steps = list(steps)
         self.first = list(first)
+        self.accumulators = list(accumulators)
         self.perturbed = torch.zeros(1, dtype=torch.int64, device="cpu") if perturbed is None else perturbed
         self._device = self.params[0].device if self.params else torch.device("cpu")
         self._fixed = [*self.params, *(t for state in self.states for t in state), *self.steps]
         self._fixed_addresses = _addresses(self._fixed) if self._has_plain_memory() else []
-        self._dtypes = list(map(_dtype_of, self.params))
+        self._dtypes = list(grad_dtypes) or list(map(_dtype_of, self.params))
         self._numels = list(map(Tensor.numel, self.params))
         self._fixed_properties = _properties(self._fixed) if self._fixed_addresses else []
         self._checked_before: set[str] = set()
@@ -133,7 +150,8 @@ class TensorSet:
 
     def _has_plain_memory(self) -> bool:
         return all(
-            type(t) in PLAIN_TYPES and t.layout == torch.strided and not t.is_neg() for t in (*self._fixed, *self.backups)
+            type(t) in PLAIN_TYPES and t.layout == torch.strided and not t.is_neg()
+            for t in (*self._fixed, *self.backups, *self.accumulators)
         )
 
     def _fast_way(self) -> _FastWay | None:
@@ -163,6 +181,8 @@ class TensorSet:
             return None
         if not all(b.dtype == p.dtype and self._fits(b, p) for b, p in zip(self.backups, self.params, strict=True)):
             return None
+        if not all(self._fits(a, p) for a, p in zip(self.accumulators, self.params, strict=False)):
+            return None
         for column in filter(None, self.states):
             for tensor, param in zip(column, self.params, strict=True):
                 # An empty one is unused by this parameter's group; the kernels look at the hyper-parameters first.
@@ -173,6 +193,7 @@ class TensorSet:
         ):
             return None
         by_role: dict[str, Sequence[Tensor]] = {"weight": self.params, "backup": self.backups, "step": self.steps}
+        by_role["accumulator"] = self.accumulators
         by_role |= {f"state{index}": state for index, state in enumerate(self.states)}
         return build_rows(
             by_role, self._numels, groups=self.groups, scaling=self.scaling, first=self.first, grad_dtypes=self._dtypes
@@ -250,24 +271,46 @@ class TensorSet:
         self._checked_before.add(op)
         return result
 
-    def grad_norm(self, grads: Gradients, inv_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``functional.grad_norm``. The result tensors are reused by the next call."""
+    def grad_norm(
+        self,
+        grads: Gradients,
+        *,
+        weight: Tensor | None = None,
+        inv_scale: Tensor | None = None,
+        overflows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """``functional.grad_norm``. The result tensors are reused by the next call. ``overflows``, an int64 scalar on the
+        parameters' device, becomes one more where the norm is not finite."""
         fast = self._fast
         if grads.addresses is None or fast is None:
-            lists = {"grads": grads.tensors, **({"params": self.params} if any(self.scaling) else {})}
-            arguments = {"scaling": self.scaling, "inv_scale": inv_scale}
-            result: tuple[Tensor, Tensor] = self._through_lists("grad_norm", grads, lists, arguments)
-            return result
-        fast.door.grad_norm_(fast.rows, grads.addresses, fast.norm, fast.found_inf, inv_scale, fast.table)
+            lists = {"grads": grads.tensors, **({"params": self.params} if any(self.scaling) else {}), **self._summed()}
+            arguments = {"scaling": self.scaling, "weight": weight, "inv_scale": inv_scale}
+            norm, found_inf = self._through_lists("grad_norm", grads, lists, arguments)
+            if overflows is not None:
+                overflows.add_(found_inf.to(overflows.dtype))
+            return norm, found_inf
+        operands = (weight, inv_scale, overflows)
+        fast.door.grad_norm_(fast.rows, grads.addresses, fast.norm, fast.found_inf, *operands, fast.table)
         return fast.norm, fast.found_inf
 
-    def perturb_(self, grads: Gradients, norm: Tensor, hyper: Tensor, inv_scale: Tensor | None = None) -> None:
+    def _summed(self) -> dict[str, Sequence[Tensor]]:
+        return {"accumulators": self.accumulators} if self.accumulators else {}
+
+    def perturb_(
+        self,
+        grads: Gradients,
+        norm: Tensor,
+        hyper: Tensor,
+        *,
+        inv_scale: Tensor | None = None,
+        backup_exists: bool = False,
+    ) -> None:
         """``functional.perturb_``; afterwards ``perturbed`` is 1. If anything is thrown the weights are clean or ``w + e`` and
         ``perturbed`` says which."""
         fast = self._fast
         if grads.addresses is not None and fast is not None:
             increment_version(self.params)  # before: the checks have just brought these objects into the cache
-            fast.door.perturb_(fast.rows, grads.addresses, norm, hyper, self.perturbed, False, inv_scale, fast.table)
+            fast.door.perturb_(fast.rows, grads.addresses, norm, hyper, self.perturbed, backup_exists, inv_scale, fast.table)
             return
         arguments = {
             "norm": norm,
@@ -276,11 +319,12 @@ class TensorSet:
             "scaling": self.scaling,
             "inv_scale": inv_scale,
         }
-        if self.backend == "foreach":
+        if self.backend == "foreach" and not backup_exists:
             self._perturb_in_two_calls(grads, arguments)
             return
         # The backup first, then the cell, then the weights: an interrupt between any two leaves something restorable.
-        functional.restore_(self.backups, self.params, backend=self.backend)
+        if not backup_exists:
+            functional.restore_(self.backups, self.params, backend=self.backend)
         self.perturbed.fill_(1)
         self._through_lists("perturb_", grads, self._lists(grads), {**arguments, "backup_exists": True})
 
@@ -318,28 +362,31 @@ class TensorSet:
                 param.copy_(backup)
         self.perturbed.fill_(0)
 
-    def restore_sgd_(
-        self,
-        grads: Gradients,
-        hyper: Tensor,
-        inv_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-        clip: Tensor | None = None,
-    ) -> None:
+    def restore_accumulate_(self, grads: Gradients, weight: Tensor, fresh: bool = False) -> None:
+        """``functional.restore_accumulate_``; afterwards ``perturbed`` is 0."""
+        fast = self._fast
+        if grads.addresses is None or fast is None:
+            lists = self._lists(grads, **self._summed())
+            self._through_lists("restore_accumulate_", grads, lists, {"weight": weight, "fresh": fresh})
+            self.perturbed.fill_(0)
+            return
+        increment_version(self.params)
+        increment_version(self.accumulators)
+        fast.door.restore_accumulate_(fast.rows, grads.addresses, weight, self.perturbed, fresh, fast.table)
+
+    def restore_sgd_(self, grads: Gradients, hyper: Tensor, factors: Factors = NO_FACTORS) -> None:
         """``functional.restore_sgd_`` with the set's momentum buffers."""
         fast = self._fast
         if grads.addresses is None or fast is None:
-            lists = self._lists(grads, momentum_buffers=self.states[0] if self.states else [])
+            lists = self._lists(grads, momentum_buffers=self.states[0] if self.states else [], **self._summed())
             arguments = {"hyper": hyper, "groups": self.groups, "first": self.first}
-            scalars = {"inv_scale": inv_scale, "found_inf": found_inf, "clip": clip}
-            self._through_lists("restore_sgd_", grads, lists, {**arguments, **scalars})
+            self._through_lists("restore_sgd_", grads, lists, {**arguments, **factors._asdict()})
             self.perturbed.fill_(0)
         else:
             increment_version(self._fixed)
-            scalars_in_order = (inv_scale, found_inf, clip)
-            fast.door.restore_sgd_(fast.rows, grads.addresses, hyper, self.perturbed, *scalars_in_order, fast.table)
+            fast.door.restore_sgd_(fast.rows, grads.addresses, hyper, self.perturbed, *factors, fast.table)
         if any(self.first):
-            self._momentum_exists(found_inf, by_the_table=grads.addresses is not None)
+            self._momentum_exists(factors.found_inf, by_the_table=grads.addresses is not None)
 
     def _momentum_exists(self, found_inf: Tensor | None, by_the_table: bool) -> None:
         """The buffers were created, unless the step was skipped."""
@@ -354,26 +401,18 @@ class TensorSet:
         if not by_the_table:
             self._fast.table = self._fast.door.table(self._fast.rows, self._device)
 
-    def restore_adamw_(
-        self,
-        grads: Gradients,
-        hyper: Tensor,
-        inv_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-        clip: Tensor | None = None,
-    ) -> None:
+    def restore_adamw_(self, grads: Gradients, hyper: Tensor, factors: Factors = NO_FACTORS) -> None:
         """``functional.restore_adamw_`` with the set's moments and step counts."""
         fast = self._fast
         if grads.addresses is None or fast is None:
             names = ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
-            lists = self._lists(grads, **dict(zip(names, self.states, strict=True)), steps=self.steps)
-            scalars = {"inv_scale": inv_scale, "found_inf": found_inf, "clip": clip}
-            self._through_lists("restore_adamw_", grads, lists, {"hyper": hyper, "groups": self.groups, **scalars})
+            lists = self._lists(grads, **dict(zip(names, self.states, strict=True)), steps=self.steps, **self._summed())
+            arguments = {"hyper": hyper, "groups": self.groups, **factors._asdict()}
+            self._through_lists("restore_adamw_", grads, lists, arguments)
             self.perturbed.fill_(0)
             return
         increment_version(self._fixed)
-        scalars_in_order = (inv_scale, found_inf, clip)
-        fast.door.restore_adamw_(fast.rows, grads.addresses, hyper, self.perturbed, *scalars_in_order, fast.table)
+        fast.door.restore_adamw_(fast.rows, grads.addresses, hyper, self.perturbed, *factors, fast.table)
 
 
 class HyperTable:

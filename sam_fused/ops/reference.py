@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from . import schema
-from .checks import refuse_accumulators
 from .dtypes import arithmetic_dtype
 
 
@@ -24,6 +23,17 @@ def _row(hyper: list[list[float]], groups: Sequence[int], index: int) -> list[fl
     return hyper[groups[index] if groups else 0]
 
 
+def _summed(grads: Sequence[Tensor], accumulators: Sequence[Tensor], weight: Tensor | None) -> Sequence[Tensor]:
+    """``accumulator + weight g``, in the dtype of the arithmetic; the gradients themselves where nothing was accumulated."""
+    if not accumulators or weight is None:
+        return grads
+    found = []
+    for grad, accumulator in zip(grads, accumulators, strict=True):
+        share = _rounded(float(weight), accumulator.dtype)
+        found.append((accumulator.double() + share * grad.double()).to(arithmetic_dtype(accumulator.dtype)))
+    return found
+
+
 def grad_norm(
     grads: Sequence[Tensor],
     params: Sequence[Tensor] = (),
@@ -32,10 +42,9 @@ def grad_norm(
     weight: Tensor | None = None,
     inv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    refuse_accumulators(accumulators, weight)
     wide = any(grad.dtype == torch.float64 for grad in grads)
     norms = []
-    for index, grad in enumerate(grads):
+    for index, grad in enumerate(_summed(grads, accumulators, weight)):
         value = grad.double()
         if inv_scale is not None:
             value = value * inv_scale.double()
@@ -86,6 +95,22 @@ def restore_(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
         param.copy_(backup)
 
 
+def restore_accumulate_(
+    params: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    accumulators: Sequence[Tensor],
+    weight: Tensor,
+    fresh: bool = False,
+) -> None:
+    restore_(params, backups)
+    if fresh:
+        for accumulator in accumulators:
+            accumulator.zero_()
+    for accumulator, total in zip(accumulators, _summed(grads, accumulators, weight), strict=True):
+        accumulator.copy_(total)
+
+
 def _skips(found_inf: Tensor | None) -> bool:
     return found_inf is not None and bool(found_inf)
 
@@ -112,11 +137,11 @@ def restore_sgd_(
     found_inf: Tensor | None = None,
     clip: Tensor | None = None,
 ) -> None:
-    refuse_accumulators(accumulators, weight)
     if _skips(found_inf):
         return restore_(params, backups)
     table = hyper.tolist()
-    for index, (param, backup, grad) in enumerate(zip(params, backups, grads, strict=True)):
+    summed = _summed(grads, accumulators, weight)
+    for index, (param, backup, grad) in enumerate(zip(params, backups, summed, strict=True)):
         lr, momentum, dampening, weight_decay, nesterov, maximize = _row(table, groups, index)
         dtype = param.dtype
         w = backup.double()
@@ -150,11 +175,11 @@ def restore_adamw_(
     found_inf: Tensor | None = None,
     clip: Tensor | None = None,
 ) -> None:
-    refuse_accumulators(accumulators, weight)
     if _skips(found_inf):
         return restore_(params, backups)
     table = hyper.tolist()
-    for index, (param, backup, grad) in enumerate(zip(params, backups, grads, strict=True)):
+    summed = _summed(grads, accumulators, weight)
+    for index, (param, backup, grad) in enumerate(zip(params, backups, summed, strict=True)):
         lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize = _row(table, groups, index)
         steps[index].add_(1)
         step = float(steps[index])

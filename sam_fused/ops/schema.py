@@ -14,7 +14,8 @@ Operands that repeat:
 ``scaling``
     the ascent's scaling T of each tensor: 0 for T = 1, 1 for T = ``|w|`` (ASAM, 2102.11600, with eta = 0); empty means 0.
 ``accumulators``, ``weight``
-    the gradient is ``accumulator + weight * gradient``. Not implemented yet: raises.
+    the gradient is ``accumulator + weight * gradient``: the last micro-batch's beside those of the others. One accumulator
+    per parameter, laid out as it, in the dtype of the arithmetic (fp32, fp64 for fp64), and a scalar tensor; both or neither.
 ``inv_scale``, ``clip``
     scalar tensors that multiply the gradient: the inverse loss scale, the clipping factor.
 ``found_inf``
@@ -89,6 +90,14 @@ OPS: dict[str, Op] = {
         ),
         Op("restore_", "(Tensor(a!)[] params, Tensor[] backups) -> ()", _no_result, ("params",), (1, 1)),
         Op(
+            "restore_accumulate_",
+            "(Tensor(a!)[] params, Tensor[] backups, Tensor[] grads, Tensor(b!)[] accumulators, Tensor weight, "
+            "bool fresh=False) -> ()",
+            _no_result,
+            ("params", "accumulators"),
+            (3, 2),
+        ),
+        Op(
             "restore_sgd_",
             "(Tensor(a!)[] params, Tensor[] backups, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor hyper, "
             f"int[] groups, int[] first, {_LAST_PASS}) -> ()",
@@ -110,15 +119,17 @@ OPS: dict[str, Op] = {
 # The second door, native only: rows and gradient addresses instead of lists. Never traced, so no fake kernels. On a device,
 # `table` is what device_table made of the rows.
 _PREPARED_LAST_PASS = (
-    "(Tensor rows, Tensor grads, Tensor hyper, Tensor(a!) perturbed, Tensor? inv_scale=None, Tensor? found_inf=None, "
-    "Tensor? clip=None, Tensor? table=None) -> ()"
+    "(Tensor rows, Tensor grads, Tensor hyper, Tensor(a!) perturbed, Tensor? weight=None, Tensor? inv_scale=None, "
+    "Tensor? found_inf=None, Tensor? clip=None, Tensor? table=None) -> ()"
 )
 PREPARED: dict[str, str] = {
-    "prepared_grad_norm_": "(Tensor rows, Tensor grads, Tensor(a!) norm, Tensor(b!) found_inf, Tensor? inv_scale=None, "
-    "Tensor? table=None) -> ()",
+    "prepared_grad_norm_": "(Tensor rows, Tensor grads, Tensor(a!) norm, Tensor(b!) found_inf, Tensor? weight=None, "
+    "Tensor? inv_scale=None, Tensor(c!)? overflows=None, Tensor? table=None) -> ()",
     "prepared_perturb_": "(Tensor rows, Tensor grads, Tensor norm, Tensor hyper, Tensor(a!) perturbed, "
     "bool backup_exists=False, Tensor? inv_scale=None, Tensor? table=None) -> ()",
     "prepared_restore_": "(Tensor rows, Tensor(a!) perturbed, Tensor? table=None) -> ()",
+    "prepared_restore_accumulate_": "(Tensor rows, Tensor grads, Tensor weight, Tensor(a!) perturbed, bool fresh=False, "
+    "Tensor? table=None) -> ()",
     "prepared_restore_sgd_": _PREPARED_LAST_PASS,
     "prepared_restore_adamw_": _PREPARED_LAST_PASS,
     "device_table": "(Tensor rows, Tensor like) -> Tensor",

@@ -32,9 +32,12 @@ EXPORT const Kernels* table(int which) {
 EXPORT const char* table_name(const Kernels* k) { return k->name; }
 EXPORT const char* chosen_name() { return kernels().name; }
 
+// What a micro-batch weighs, where a row has an accumulator.
+constexpr double kWeightOfMicroBatch = 0.3;
+
 EXPORT void sum_of_squares(const Kernels* k, const int64_t* row, int64_t begin, int64_t count, double inv_scale, double* out) {
   SumOfSquares slot;
-  k->sum_of_squares(row_of(row), Chunk{0, begin, count}, inv_scale, &slot);
+  k->sum_of_squares(row_of(row), Chunk{0, begin, count}, kWeightOfMicroBatch, inv_scale, &slot);
   out[0] = slot.small, out[1] = slot.middle, out[2] = slot.big;
 }
 EXPORT void perturb(const Kernels* k, const int64_t* row, int64_t begin, int64_t count, double c, int move, int backup_exists,
@@ -44,13 +47,16 @@ EXPORT void perturb(const Kernels* k, const int64_t* row, int64_t begin, int64_t
 EXPORT void restore(const Kernels* k, const int64_t* row, int64_t begin, int64_t count, int stream) {
   k->restore(row_of(row), Chunk{0, begin, count}, stream != 0);
 }
+EXPORT void accumulate(const Kernels* k, const int64_t* row, int64_t begin, int64_t count, int fresh, int stream) {
+  k->accumulate(row_of(row), Chunk{0, begin, count}, AccumulateConstants{kWeightOfMicroBatch, fresh != 0, stream != 0});
+}
 EXPORT void sgd(const Kernels* k, const int64_t* row, int64_t begin, int64_t count, const double* c, int nesterov, int stream) {
   const SgdConstants<double> constants{c[0], c[1], c[2], c[3], c[4], c[1] != 0, c[3] != 0, nesterov != 0};
-  k->sgd(row_of(row), Chunk{0, begin, count}, constants, stream != 0);
+  k->sgd(row_of(row), Chunk{0, begin, count}, constants, kWeightOfMicroBatch, stream != 0);
 }
 EXPORT void adam(const Kernels* k, const int64_t* row, int64_t begin, int64_t count, const double* c, int decoupled, int amsgrad,
                  int stream) {
   const AdamConstants<double> constants{c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8],
                                         c[4] != 0 && !decoupled, amsgrad != 0};
-  k->adam(row_of(row), Chunk{0, begin, count}, constants, stream != 0);
+  k->adam(row_of(row), Chunk{0, begin, count}, constants, kWeightOfMicroBatch, stream != 0);
 }

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .. import schema
-from ..checks import refuse_accumulators
 from ..rows import build_rows, column_of
 from .door import DOOR
 
@@ -41,12 +40,11 @@ def grad_norm(
     weight: Tensor | None = None,
     inv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    refuse_accumulators(accumulators, weight)
-    rows, addresses = _built({"grad": grads, "weight": params}, scaling=scaling)
+    rows, addresses = _built({"grad": grads, "weight": params, "accumulator": accumulators}, scaling=scaling)
     device, wide = grads[0].device, any(grad.dtype == torch.float64 for grad in grads)
     norm = torch.empty((), dtype=torch.float64 if wide else torch.float32, device=device)
     found_inf = torch.empty((), dtype=torch.float32, device=device)
-    DOOR.grad_norm_(rows, addresses, norm, found_inf, inv_scale, DOOR.table(rows, device))
+    DOOR.grad_norm_(rows, addresses, norm, found_inf, weight, inv_scale, None, DOOR.table(rows, device))
     return norm, found_inf
 
 
@@ -71,6 +69,18 @@ def restore_(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
     DOOR.restore_(rows, _cell(), DOOR.table(rows, params[0].device))
 
 
+def restore_accumulate_(
+    params: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    accumulators: Sequence[Tensor],
+    weight: Tensor,
+    fresh: bool = False,
+) -> None:
+    rows, addresses = _built({"weight": params, "backup": backups, "grad": grads, "accumulator": accumulators})
+    DOOR.restore_accumulate_(rows, addresses, weight, _cell(), fresh, DOOR.table(rows, params[0].device))
+
+
 def restore_sgd_(
     params: Sequence[Tensor],
     backups: Sequence[Tensor],
@@ -85,11 +95,10 @@ def restore_sgd_(
     found_inf: Tensor | None = None,
     clip: Tensor | None = None,
 ) -> None:
-    refuse_accumulators(accumulators, weight)
-    by_role = {"weight": params, "backup": backups, "grad": grads, "state0": momentum_buffers}
+    by_role = {"weight": params, "backup": backups, "grad": grads, "state0": momentum_buffers, "accumulator": accumulators}
     rows, addresses = _built(by_role, groups, first=first)
     table = DOOR.table(rows, params[0].device)
-    DOOR.restore_sgd_(rows, addresses, hyper, _cell(), inv_scale, found_inf, clip, table)
+    DOOR.restore_sgd_(rows, addresses, hyper, _cell(), weight, inv_scale, found_inf, clip, table)
 
 
 def restore_adamw_(
@@ -108,12 +117,11 @@ def restore_adamw_(
     found_inf: Tensor | None = None,
     clip: Tensor | None = None,
 ) -> None:
-    refuse_accumulators(accumulators, weight)
     by_role = {"weight": params, "backup": backups, "grad": grads, "step": steps}
-    by_role |= {"state0": exp_avgs, "state1": exp_avg_sqs, "state2": max_exp_avg_sqs}
+    by_role |= {"state0": exp_avgs, "state1": exp_avg_sqs, "state2": max_exp_avg_sqs, "accumulator": accumulators}
     rows, addresses = _built(by_role, groups)
     table = DOOR.table(rows, params[0].device)
-    DOOR.restore_adamw_(rows, addresses, hyper, _cell(), inv_scale, found_inf, clip, table)
+    DOOR.restore_adamw_(rows, addresses, hyper, _cell(), weight, inv_scale, found_inf, clip, table)
 
 
 KERNELS = {name: globals()[name] for name in schema.OPS}
