@@ -161,11 +161,14 @@ def check_scalar(scalar: Tensor | None, name: str, device: torch.device | None =
         )
 
 
-def check_accumulators(accumulators: Sequence[Tensor], weight: Tensor | None) -> None:
-    """What was accumulated and the weight of what is added to it: both or neither."""
-    if bool(len(accumulators)) != (weight is not None):
+def check_accumulators(accumulators: Sequence[Tensor], weight: Tensor | None, count: int) -> None:
+    """What was accumulated for ``count`` tensors and the weight of what is added to it: both or neither."""
+    if bool(len(accumulators)) != (weight is not None) and (count or len(accumulators)):
         got = "accumulators alone" if weight is None else "a weight alone"
-        raise ValueError(f"accumulators, weight: expected both or neither, got {got}: pass the weight of this micro-batch, |S_k|/|B|.")
+        raise ValueError(
+            f"accumulators, weight: expected both or neither, got {got}: pass the weight of this micro-batch, |S_k|/|B|, and "
+            "what the others add up to."
+        )
 
 
 def refuse_shared_memory(params: Sequence[Tensor]) -> None:

@@ -73,7 +73,7 @@ def grad_norm(
     Returns:
         The norm, 0-dim fp32 (fp64 if any gradient is fp64), and a 0-dim fp32 flag: 1.0 if the norm is inf or NaN, else 0.0.
     """
-    summed = _summed(accumulators, weight)
+    summed = _summed(accumulators, weight, grads)
     checks.check_lists(grads, "grads", **({"params": params} if len(params) or any(scaling) else {}), **summed)
     checks.check_ints(scaling, "scaling", len(grads), (0, 1))
     scalars = _scalars(grads, weight=weight, inv_scale=inv_scale)
@@ -163,7 +163,7 @@ def restore_accumulate_(
             micro-batches add up to.
         weight: scalar tensor, the micro-batch's share of the batch, ``|S_k| / |B|``.
     """
-    checks.check_accumulators(accumulators, weight)
+    checks.check_accumulators(accumulators, weight, len(params))
     checks.check_lists(params, backups=backups, grads=grads, accumulators=accumulators)
     weight = _scalar(weight, "weight", params)
     if not params:
@@ -200,7 +200,7 @@ def restore_sgd_(
         hyper: columns ``lr``, ``momentum``, ``dampening``, ``weight_decay``, ``nesterov``, ``maximize``.
         first: 1 where the buffer is created in this step, as torch ignores dampening then; empty means 0.
     """
-    summed = _summed(accumulators, weight)
+    summed = _summed(accumulators, weight, params)
     with_momentum = {"momentum_buffers": momentum_buffers}
     checks.check_lists(params, backups=backups, grads=grads, **(with_momentum if len(momentum_buffers) else {}), **summed)
     checks.check_hyper(hyper, schema.SGD_COLUMNS, groups, params)
@@ -250,7 +250,7 @@ def restore_adamw_(
         steps: the number of steps taken, one scalar tensor per parameter, float32 or float64; incremented by this call.
         hyper: columns ``lr``, ``beta1``, ``beta2``, ``eps``, ``weight_decay``, ``decoupled``, ``amsgrad``, ``maximize``.
     """
-    summed = _summed(accumulators, weight)
+    summed = _summed(accumulators, weight, params)
     with_max = {"max_exp_avg_sqs": max_exp_avg_sqs}
     moments = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     checks.check_lists(params, backups=backups, grads=grads, **moments, **(with_max if len(max_exp_avg_sqs) else {}), **summed)
@@ -276,9 +276,9 @@ def restore_adamw_(
     )
 
 
-def _summed(accumulators: Sequence[Tensor], weight: Tensor | None) -> dict[str, Sequence[Tensor]]:
+def _summed(accumulators: Sequence[Tensor], weight: Tensor | None, tensors: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
     """The accumulators as one of the lists to check and to pass on; nothing where there are none."""
-    checks.check_accumulators(accumulators, weight)
+    checks.check_accumulators(accumulators, weight, len(tensors))
     return {"accumulators": accumulators} if len(accumulators) else {}
 
 

@@ -171,6 +171,7 @@ class Case:
     first: tuple[int, ...] = ()
     scalars: dict[str, float] = field(default_factory=dict)
     backup_exists: bool = False
+    fresh: bool = False  # the accumulators are written and not read
     norm: float = 3.7
     in_place: bool = False  # backups are the parameters themselves: the plain base step
     steps: tuple[float, ...] = (0.0,)  # Adam's step counts so far
@@ -184,6 +185,8 @@ NORM_CASES = (
     Case("norm-adaptive", "grad_norm", scaling=(1,)),
     Case("norm-some-adaptive", "grad_norm", scaling=(0, 1, 1)),
     Case("norm-inv_scale", "grad_norm", scalars={"inv_scale": 1 / 1024}),
+    Case("norm-accumulated", "grad_norm", scalars={"weight": 0.3}),
+    Case("norm-accumulated-adaptive", "grad_norm", scaling=(0, 1), scalars={"weight": 0.3, "inv_scale": 0.7}),
     Case("norm-inv_scale-adaptive", "grad_norm", scaling=(1, 0), scalars={"inv_scale": 0.3}),
 )
 
@@ -198,6 +201,12 @@ PERTURB_CASES = (
 )
 
 RESTORE_CASES = (Case("restore", "restore_"), Case("restore-in_place", "restore_", in_place=True))
+
+ACCUMULATE_CASES = (
+    Case("accumulate", "restore_accumulate_", scalars={"weight": 0.3}),
+    Case("accumulate-fresh", "restore_accumulate_", scalars={"weight": 0.3}, fresh=True),
+    Case("accumulate-in_place", "restore_accumulate_", scalars={"weight": 1.0}, in_place=True),
+)
 
 # Columns: lr, momentum, dampening, weight_decay, nesterov, maximize.
 SGD_CASES = (
@@ -218,6 +227,15 @@ SGD_CASES = (
     ),
     Case("sgd-scaled", "restore_sgd_", ((0.1, 0.9, 0, 0.01, 0, 1),), scalars={"inv_scale": 0.3, "clip": 0.7}),
     Case("sgd-clip", "restore_sgd_", ((0.1, 0, 0, 0, 0, 0),), scalars={"clip": 0.7, "found_inf": 0.0}),
+    Case("sgd-accumulated", "restore_sgd_", ((0.1, 0, 0, 0.01, 0, 0),), scalars={"weight": 0.3}),
+    Case(
+        "sgd-accumulated-scaled",
+        "restore_sgd_",
+        ((0.1, 0.9, 0, 0.01, 1, 1), (0.5, 0.9, 0.3, 0, 0, 0)),
+        first=(0, 1),
+        scalars={"weight": 0.3, "inv_scale": 0.3, "clip": 0.7},
+    ),
+    Case("sgd-accumulated-found_inf", "restore_sgd_", ((0.1, 0.9, 0, 0, 0, 0),), scalars={"weight": 0.3, "found_inf": 1.0}),
     Case("sgd-in_place", "restore_sgd_", ((0.1, 0.9, 0, 0.01, 1, 0),), in_place=True),
     Case("sgd-found_inf", "restore_sgd_", ((0.1, 0.9, 0, 0.01, 1, 0),), scalars={"found_inf": 1.0}),
 )
@@ -238,11 +256,22 @@ ADAM_CASES = (
         steps=(0.0, 0.0, 3.0, 3.0, 3.0),
     ),
     Case("adamw-scaled", "restore_adamw_", ((0.01, 0.9, 0.999, 1e-8, 0.1, 1, 0, 0),), scalars={"inv_scale": 0.3, "clip": 0.7}),
+    Case("adamw-accumulated", "restore_adamw_", ((0.01, 0.9, 0.999, 1e-8, 0.1, 1, 0, 0),), scalars={"weight": 0.3}),
+    Case(
+        "adam-accumulated-scaled",
+        "restore_adamw_",
+        ((0.01, 0.9, 0.999, 1e-8, 0.1, 0, 1, 1),),
+        steps=(4.0,),
+        scalars={"weight": 0.3, "inv_scale": 0.3, "clip": 0.7},
+    ),
     Case("adamw-in_place", "restore_adamw_", ((0.01, 0.9, 0.999, 1e-8, 0.1, 1, 0, 0),), in_place=True),
     Case("adamw-found_inf", "restore_adamw_", ((0.01, 0.9, 0.999, 1e-8, 0.1, 1, 1, 0),), scalars={"found_inf": 1.0}),
 )
 
-CASES = (*NORM_CASES, *PERTURB_CASES, *RESTORE_CASES, *SGD_CASES, *ADAM_CASES)
+CASES = (*NORM_CASES, *PERTURB_CASES, *RESTORE_CASES, *ACCUMULATE_CASES, *SGD_CASES, *ADAM_CASES)
 
 # One of each operation, in the form with the most in it.
-WIDEST = (NORM_CASES[1], PERTURB_CASES[1], PERTURB_CASES[3], RESTORE_CASES[0], SGD_CASES[8], ADAM_CASES[3])
+WIDEST = (
+    *(NORM_CASES[1], PERTURB_CASES[1], PERTURB_CASES[3], RESTORE_CASES[0], ACCUMULATE_CASES[0], SGD_CASES[8], ADAM_CASES[3]),
+    *(case for case in (*SGD_CASES, *ADAM_CASES) if case.name in ("sgd-accumulated-scaled", "adam-accumulated-scaled")),
+)

@@ -16,10 +16,6 @@ from tests.devices import default
 def _exists(item):
     """False for combinations of parameters that mean nothing: nobody should have to read that they were skipped."""
     chosen = getattr(getattr(item, "callspec", None), "params", {})
-    door = str(chosen.get("runner", ""))
-    # A TensorSet writes its own backups; that they exist already is said per call of the list operation.
-    if door.startswith("prepared") and getattr(chosen.get("case"), "backup_exists", False):
-        return False
     # torch's multi-tensor calls promote mixed dtypes of one parameter by their own rules.
     mixed = "weight" in chosen and "other" in chosen and chosen["weight"] != chosen["other"]
     return not (mixed and chosen.get("backend") == "foreach")

@@ -13,7 +13,7 @@ import torch
 
 from sam_fused.ops import native
 from tests.ops.cases import FITTING, LARGE, STORAGES, WIDEST, Case, Entry
-from tests.ops.runner import TAKES, Lists, make_lists, run
+from tests.ops.runner import Lists, make_lists, run, takes
 
 # Mixed dtypes of one parameter: conversions in every loop.
 _MIXED = tuple(Entry((size,)) for size in (1, 7, 513, 1030))
@@ -21,7 +21,7 @@ _MIXED = tuple(Entry((size,)) for size in (1, 7, 513, 1030))
 
 def digest(case: Case, lists: Lists, result: tuple[torch.Tensor, ...] | None) -> str:
     found = hashlib.sha256()
-    written = [t for role in TAKES[case.op] for t in lists.of(role)]
+    written = [t for role in takes(case) for t in lists.of(role)]
     for tensor in (*written, *lists.steps, *(result or ())):
         flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
         found.update(flat.view(torch.uint8).cpu().numpy().tobytes())
@@ -42,8 +42,6 @@ def lists_for(case: Case, which: str) -> Lists:
 def digests(runner: str = "native", which: tuple[str, ...] = ("large", "fitting", "mixed")) -> dict[str, str]:
     found = {}
     for case in WIDEST:
-        if runner == "prepared" and case.backup_exists:
-            continue
         for name in which:
             lists = lists_for(case, name)
             found[f"{case.name} {name}"] = digest(case, lists, run(case, runner, lists))

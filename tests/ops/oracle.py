@@ -119,18 +119,36 @@ def held(tensor: Tensor, rounding: Rounding) -> Bounded:
     return Bounded(exact(tensor), 0.0, rounding)
 
 
-def norm(grads: list[Tensor], params: list[Tensor], scaling: list[int], inv_scale: float | None) -> float:
+def scalar_of(case: Case, name: str) -> float:
+    """A scalar as the operations get it, an fp32 tensor; 1 where there is none."""
+    return float(np.float32(case.scalars.get(name, 1.0)))
+
+
+def norm(grads: list[Tensor], params: list[Tensor], accumulators: list[Tensor], scaling: list[int], case: Case) -> float:
     total = np.longdouble(0)
     for index, grad in enumerate(grads):
-        value = exact(grad) * np.longdouble(1 if inv_scale is None else inv_scale)
+        value = exact(grad)
+        if accumulators:
+            value = exact(accumulators[index]) + np.longdouble(scalar_of(case, "weight")) * value
+        value = value * np.longdouble(scalar_of(case, "inv_scale"))
         if scaling and scaling[index]:
             value = value * exact(params[index])
         total += np.sum(value * value)
     return float(np.sqrt(total))
 
 
-def _scaled(grad: Tensor, case: Case, maximize: float, rounding: Rounding) -> Bounded:
+def accumulated(grad: Tensor, accumulator: Tensor | None, case: Case, rounding: Rounding) -> Bounded:
     value = held(grad, rounding)
+    if "weight" not in case.scalars:
+        return value
+    weight = constant(scalar_of(case, "weight"), rounding)
+    if case.fresh or accumulator is None:
+        return weight * value
+    return weight.fma(value, held(accumulator, rounding))
+
+
+def _scaled(grad: Bounded, case: Case, maximize: float, rounding: Rounding) -> Bounded:
+    value = grad
     factors = [case.scalars[name] for name in ("inv_scale", "clip") if name in case.scalars]
     if factors:
         # One product, twice rounded at most: some backends keep the factors apart.
@@ -161,7 +179,7 @@ class SgdResult:
 
 
 def sgd(
-    w: Tensor, g: Tensor, v: Tensor | None, case: Case, row: tuple[float, ...], first: int, rounding: Rounding
+    w: Tensor, g: Bounded, v: Tensor | None, case: Case, row: tuple[float, ...], first: int, rounding: Rounding
 ) -> SgdResult:
     lr, momentum, dampening, weight_decay, nesterov, maximize = row
     clean = held(w, rounding)
@@ -187,7 +205,7 @@ class AdamResult:
 
 def adam(
     w: Tensor,
-    g: Tensor,
+    g: Bounded,
     m: Tensor,
     v: Tensor,
     largest: Tensor,

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from sam_fused import ops
-from sam_fused.ops.prepared import TensorSet
+from sam_fused.ops.dtypes import arithmetic_dtype
+from sam_fused.ops.prepared import Factors, TensorSet
 from tests.devices import randn
 
 from .cases import LAYOUTS, SENTINEL, Case, Entry
 
-ROLES = ("params", "backups", "grads", "momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
+ROLES = ("params", "backups", "grads", "momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "accumulators")
 
 
 def table(rows: Sequence[Sequence[float]]) -> Tensor:
@@ -40,6 +41,7 @@ class Lists:
     exp_avgs: list[Tensor] = field(default_factory=list)
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
     max_exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    accumulators: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
     held: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -81,9 +83,15 @@ TAKES = {
     "grad_norm": ("params", "grads"),
     "perturb_": ("params", "backups", "grads"),
     "restore_": ("params", "backups"),
+    "restore_accumulate_": ("params", "backups", "grads"),
     "restore_sgd_": ("params", "backups", "grads", "momentum_buffers"),
     "restore_adamw_": ("params", "backups", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"),
 }
+
+
+def takes(case: Case) -> tuple[str, ...]:
+    """The roles that the operation reads or writes in this case."""
+    return (*TAKES[case.op], *(("accumulators",) if "weight" in case.scalars else ()))
 
 
 # Large tensors repeat this many values, a prime, so that only these few need the oracle's long arithmetic.
@@ -93,6 +101,8 @@ PERIOD = 4099
 @lru_cache(maxsize=64)
 def _templates(role: str, entries: tuple[Entry, ...], dtypes: tuple[torch.dtype, ...], seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed + ROLES.index(role))
+    if role == "accumulators":
+        dtypes = tuple(map(arithmetic_dtype, dtypes))
     return [_values(role, entry.shape, generator).to(dtypes[i % len(dtypes)]) for i, entry in enumerate(entries)]
 
 
@@ -111,7 +121,7 @@ def make_lists(
 ) -> Lists:
     """Lists for ``case``; the dtypes are dealt out in turn."""
     lists = Lists()
-    for role in TAKES[case.op]:
+    for role in takes(case):
         if role == "backups" and case.in_place:
             lists.backups = list(lists.params)
             continue
@@ -162,8 +172,9 @@ def run(case: Case, runner: str, lists: Lists) -> tuple[Tensor, Tensor] | None:
     if runner.startswith("prepared"):
         return run_prepared(case, call, lists, runner.removeprefix("prepared").removeprefix("-") or "native")
     backend, p, b, g = {"backend": runner}, lists.params, lists.backups, lists.grads
+    summed = {"accumulators": lists.accumulators}
     if case.op == "grad_norm":
-        return ops.grad_norm(g, p if any(call.scaling) else (), call.scaling, **call.scalars, **backend)
+        return ops.grad_norm(g, p if any(call.scaling) else (), call.scaling, **summed, **call.scalars, **backend)
     if case.op == "perturb_":
         ops.perturb_(
             p,
@@ -179,18 +190,20 @@ def run(case: Case, runner: str, lists: Lists) -> tuple[Tensor, Tensor] | None:
         )
     elif case.op == "restore_":
         ops.restore_(p, b, **backend)
+    elif case.op == "restore_accumulate_":
+        ops.restore_accumulate_(p, b, g, lists.accumulators, fresh=case.fresh, **call.scalars, **backend)
     elif case.op == "restore_sgd_":
         buffers = lists.momentum_buffers if uses_momentum(case) else []
-        ops.restore_sgd_(p, b, g, buffers, call.hyper, call.groups, call.first, **call.scalars, **backend)
+        ops.restore_sgd_(p, b, g, buffers, call.hyper, call.groups, call.first, **summed, **call.scalars, **backend)
     else:
         largest = lists.max_exp_avg_sqs if uses_amsgrad(case) else []
         moments = (lists.exp_avgs, lists.exp_avg_sqs, largest, lists.steps)
-        ops.restore_adamw_(p, b, g, *moments, call.hyper, call.groups, **call.scalars, **backend)
+        ops.restore_adamw_(p, b, g, *moments, call.hyper, call.groups, **summed, **call.scalars, **backend)
     return None
 
 
 def prepare(case: Case, call: Call, lists: Lists, backend: str = "native") -> TensorSet:
-    options: dict = {"groups": call.groups, "scaling": call.scaling}
+    options: dict = {"groups": call.groups, "scaling": call.scaling, "accumulators": lists.accumulators}
     if case.op == "restore_sgd_":
         options |= {"states": (lists.momentum_buffers,) if uses_momentum(case) else (), "first": call.first}
     elif case.op == "restore_adamw_":
@@ -201,18 +214,24 @@ def prepare(case: Case, call: Call, lists: Lists, backend: str = "native") -> Te
 
 
 def run_prepared(case: Case, call: Call, lists: Lists, backend: str = "native") -> tuple[Tensor, Tensor] | None:
-    tensors = prepare(case, call, lists, backend)
+    return operate(case, call, prepare(case, call, lists, backend), lists.grads)
+
+
+def operate(case: Case, call: Call, tensors: TensorSet, gradients: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """The operation on a prepared set."""
     if case.op == "restore_":
         tensors.restore_()
         return None
-    grads = tensors.checked(lists.grads)
+    grads = tensors.checked(gradients)
     if case.op == "grad_norm":
         norm, found_inf = tensors.grad_norm(grads, **call.scalars)
         return norm.clone(), found_inf.clone()
     if case.op == "perturb_":
-        tensors.perturb_(grads, call.norm, call.hyper, **call.scalars)
+        tensors.perturb_(grads, call.norm, call.hyper, backup_exists=case.backup_exists, **call.scalars)
+    elif case.op == "restore_accumulate_":
+        tensors.restore_accumulate_(grads, fresh=case.fresh, **call.scalars)
     elif case.op == "restore_sgd_":
-        tensors.restore_sgd_(grads, call.hyper, **call.scalars)
+        tensors.restore_sgd_(grads, call.hyper, Factors(**call.scalars))
     else:
-        tensors.restore_adamw_(grads, call.hyper, **call.scalars)
+        tensors.restore_adamw_(grads, call.hyper, Factors(**call.scalars))
     return None

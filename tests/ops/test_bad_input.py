@@ -25,6 +25,9 @@ def good(op):
             "params": two(), "backups": two(5.0), "grads": two(), "norm": torch.tensor(1.0), "hyper": table([PERTURB]),
         },
         "restore_": {"params": two(), "backups": two(5.0)},
+        "restore_accumulate_": {
+            "params": two(), "backups": two(5.0), "grads": two(), "accumulators": two(), "weight": torch.tensor(0.5),
+        },
         "restore_sgd_": {
             "params": two(), "backups": two(5.0), "grads": two(), "momentum_buffers": two(), "hyper": table([SGD]),
         },
@@ -227,17 +230,24 @@ def test_state_that_is_empty_but_needed(in_a_process_of_its_own, needs_native):
     )
 
 
-def test_accumulators_are_not_there_yet(backend):
-    for op in ("grad_norm", "restore_sgd_", "restore_adamw_"):
-        for extra in ({"accumulators": [torch.ones(3), torch.ones(2, 2)]}, {"weight": torch.tensor(0.5)}):
-            refused(op, {**good(op), **extra}, NotImplementedError, "accumulators", "leave them out", backend=backend)
+ACCUMULATING = ("grad_norm", "restore_accumulate_", "restore_sgd_", "restore_adamw_")
 
 
-@pytest.mark.parametrize("backend", ["reference", "foreach", "native"])
-def test_the_registered_ops_refuse_accumulators_too(backend, needs_native):
-    arguments = schema.OPS["grad_norm"].complete({"grads": [torch.ones(3)], "accumulators": [torch.ones(3)]})
-    with pytest.raises((NotImplementedError, RuntimeError), match="accumulators"):
-        schema.overload("grad_norm", backend)(**arguments)
+@pytest.mark.parametrize("op", ACCUMULATING)
+def test_accumulators_and_their_weight_come_together(op, backend):
+    sums = {"accumulators": [torch.ones(3), torch.ones(2, 2)]}
+    without = {name: value for name, value in good(op).items() if name not in ("accumulators", "weight")}
+    weight = {"weight": torch.tensor(0.5)}
+    refused(op, {**without, **sums, "weight": None}, ValueError, "accumulators", "weight", "both or neither", backend=backend)
+    refused(op, {**without, **weight, "accumulators": []}, ValueError, "weight alone", "both or neither", backend=backend)
+    good_ones = {**without, **sums, **weight}
+    for wrong in (torch.ones(2, 2, dtype=torch.bfloat16), torch.ones(2, 2, dtype=torch.float64)):
+        refused(op, second(good_ones, "accumulators", wrong), TypeError, "accumulators[1]", "float32", backend=backend)
+    refused(op, second(good_ones, "accumulators", torch.ones(4)), ValueError, "accumulators[1]", "(2, 2)", backend=backend)
+    refused(op, {**good_ones, "accumulators": sums["accumulators"][:1]}, ValueError, "accumulators", "got 1", backend=backend)
+    for wrong in (0.5, torch.ones(2), torch.tensor(1)):
+        refused(op, {**good_ones, "weight": wrong}, TypeError, "weight", backend=backend)
+    getattr(ops, op)(**good_ones, backend=backend)
 
 
 def test_the_registered_native_ops_check_what_could_corrupt_memory(in_a_process_of_its_own, needs_native):
@@ -269,6 +279,11 @@ def test_the_registered_native_ops_check_what_could_corrupt_memory(in_a_process_
                 hyper(0.1, 0.9, 0.9, 0, 0, 0, 0, 0), [], [],
             ),
             "no momentum": lambda: op("restore_sgd_")([ones(9)], [ones(9)], [ones(9)], [], momentum, [], [], []),
+            "a short accumulator": lambda: op("restore_accumulate_")([ones(9)], [ones(9)], [ones(9)], [ones(1)], one),
+            "no accumulator": lambda: op("restore_accumulate_")([ones(9)], [ones(9)], [ones(9)], [], one),
+            "an accumulator of halves": lambda: op("grad_norm")([ones(9)], [], [], [ones(9).half()], one),
+            "accumulators without a weight": lambda: op("grad_norm")([ones(9)], [], [], [ones(9)]),
+            "a weight without accumulators": lambda: op("grad_norm")([ones(9)], [], [], [], one),
         }
         for name, call in calls.items():
             print(name, flush=True)  # a crash is told by the last line

@@ -9,7 +9,7 @@ from sam_fused import ops
 from sam_fused.ops import native
 from tests.ops import digest
 from tests.ops.cases import FP32, WIDEST, Entry
-from tests.ops.runner import TAKES, Lists, make_lists, run
+from tests.ops.runner import Lists, make_lists, run, takes
 
 
 @pytest.mark.cpu_only
@@ -50,14 +50,14 @@ def test_the_norm_does_not_depend_on_where_a_tensor_lies(needs_native):
 @pytest.mark.parametrize("case", [c for c in WIDEST if c.op not in ("grad_norm", "restore_")], ids=str)
 def test_an_element_does_not_depend_on_its_neighbours(case, needs_native):
     """Vector body and scalar tail: each element alone gives the bits that it has in a long tensor."""
-    case = replace(case, scaling=case.scaling[:1], first=case.first[:1])
+    case = replace(case, hyper=case.hyper[:1], scaling=case.scaling[:1], first=case.first[:1])
     entry = (Entry((513,)),)
     long, cut = make_lists(entry, [FP32.dtype], case), Lists(steps=[torch.tensor(case.steps[0]) for _ in range(513)])
-    for role in TAKES[case.op]:
+    for role in takes(case):
         setattr(cut, role, [t.clone() for t in long.of(role)[0]])
     run(case, "native", long)
     run(case, "native", cut)
-    for role in TAKES[case.op]:
+    for role in takes(case):
         assert torch.equal(torch.stack(cut.of(role)), long.of(role)[0])
 
 

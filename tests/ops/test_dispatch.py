@@ -8,7 +8,7 @@ from sam_fused import ops
 from sam_fused.ops import schema
 from sam_fused.ops.prepared import TensorSet
 from tests.ops.cases import FITTING, WIDEST
-from tests.ops.runner import TAKES, Call, make_lists, prepare, run, table
+from tests.ops.runner import Call, make_lists, operate, prepare, run, table, takes
 from tests.ops.test_bad_input import good
 
 SOME = FITTING[1:4]
@@ -18,7 +18,9 @@ SOME = FITTING[1:4]
 def test_opcheck(op, backend):
     for dtype in (torch.float32, torch.bfloat16):
         arguments = {
-            name: [t.to(dtype) for t in value] if isinstance(value, list) and name != "steps" and name != "scaling" else value
+            name: [t.to(dtype) for t in value]
+            if isinstance(value, list) and name not in ("steps", "scaling", "accumulators")
+            else value
             for name, value in good(op).items()
         }
         arguments = schema.OPS[op].complete(arguments)
@@ -98,6 +100,7 @@ def test_compile_of_sgd_without_momentum(backend):
 WRITTEN = {
     "perturb_": ("params", "backups"),
     "restore_": ("params",),
+    "restore_accumulate_": ("params", "accumulators"),
     "restore_sgd_": ("params", "momentum_buffers"),
     "restore_adamw_": ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps"),
 }
@@ -107,7 +110,7 @@ WRITTEN = {
 def test_versions_of_everything_written_increase(case, runner):
     prepared = runner.startswith("prepared")
     lists = make_lists(SOME, [torch.float32], case)
-    before = {role: [t._version for t in lists.of(role)] for role in (*TAKES[case.op], "steps")}
+    before = {role: [t._version for t in lists.of(role)] for role in (*takes(case), "steps")}
     run(case, runner, lists)
     for role, versions in before.items():
         after = [t._version for t in lists.of(role)]
@@ -161,25 +164,18 @@ class _Recorder(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("case", [c for c in WIDEST if not c.backup_exists], ids=str)
+@pytest.mark.parametrize("case", WIDEST, ids=str)
 def test_a_dispatch_mode_sees_lists_and_no_addresses(case, needs_native):
     lists = make_lists(SOME, [torch.float32], case)
     again = make_lists(SOME, [torch.float32], case)
     call = Call.of(case, len(SOME))
     tensors = prepare(case, call, lists)
     with _Recorder() as recorder:
-        grads = tensors.checked(lists.grads) if lists.grads else None
-        if case.op == "restore_":
-            tensors.restore_()
-        elif case.op == "grad_norm":
-            tensors.grad_norm(grads)
-        else:
-            extra = (call.norm,) if case.op == "perturb_" else ()
-            getattr(tensors, case.op)(grads, *extra, call.hyper)
+        operate(case, call, tensors, lists.grads)
     assert any(f"sam_fused.{case.op}.native" in name for name in recorder.seen)
     assert not any("prepared" in name for name in recorder.seen)
     run(case, "prepared", again)
-    assert all(torch.equal(a, b) for role in TAKES[case.op] for a, b in zip(lists.of(role), again.of(role), strict=True))
+    assert all(torch.equal(a, b) for role in takes(case) for a, b in zip(lists.of(role), again.of(role), strict=True))
 
 
 def test_an_operation_is_one_call(needs_native):

@@ -8,11 +8,11 @@ import torch
 from sam_fused import ops
 from sam_fused.ops import functional, native
 from sam_fused.ops.dtypes import CODES
-from sam_fused.ops.prepared import HyperTable, TensorSet
+from sam_fused.ops.prepared import Factors, HyperTable, TensorSet
 from sam_fused.ops.rows import ROW_WORDS
 from tests.devices import default
 from tests.ops.cases import CASES, FITTING, STORAGES, WIDEST
-from tests.ops.runner import TAKES, Call, Lists, make_lists, prepare, run, table
+from tests.ops.runner import TAKES, Call, Lists, make_lists, prepare, run, table, takes
 
 PERTURB, SGD = table([[0.5, 0.0]]), table([[0.1, 0.9, 0.5, 0.0, 0.0, 0.0]])
 NORM = torch.tensor(2.0)
@@ -42,7 +42,7 @@ def one(backend="native", size=4, **options):
     return w, backup, TensorSet([w], [backup], backend=backend, **options)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if not c.backup_exists], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_bits_of_the_list_operations(case, lists_called, needs_native):
     for storage in STORAGES:
         lists, want = (make_lists(FITTING, [storage.dtype], case) for _ in range(2))
@@ -50,7 +50,7 @@ def test_bits_of_the_list_operations(case, lists_called, needs_native):
         assert not lists_called
         wanted = run(case, "native", want)
         lists_called.clear()
-        for role in (*TAKES[case.op], "steps"):
+        for role in (*takes(case), "steps"):
             assert all(torch.equal(a, b) for a, b in zip(lists.of(role), want.of(role), strict=True)), role
         if result is not None:
             assert all(torch.equal(a, b) for a, b in zip(result, wanted, strict=True))
@@ -388,8 +388,8 @@ def test_a_skipped_first_step_stays_the_first(backend):
     """found_inf left the buffer alone, so it has still to be created."""
     w, v = torch.zeros(2), torch.zeros(2)
     tensors = TensorSet([w], [w], backend=backend, states=([v],), first=[1])
-    tensors.restore_sgd_(tensors.checked([torch.ones(2)]), SGD, found_inf=torch.tensor(1.0))
-    tensors.restore_sgd_(tensors.checked([torch.ones(2)]), SGD, found_inf=torch.tensor(0.0))
+    tensors.restore_sgd_(tensors.checked([torch.ones(2)]), SGD, Factors(found_inf=torch.tensor(1.0)))
+    tensors.restore_sgd_(tensors.checked([torch.ones(2)]), SGD, Factors(found_inf=torch.tensor(0.0)))
     assert bool((v == 1).all())
 
 
@@ -422,13 +422,11 @@ def test_other_backends_behind_the_same_door(backend_name, lists_called):
     from tests.ops.runner import run_prepared
 
     for case in WIDEST:
-        if case.backup_exists:
-            continue
         lists, want = (make_lists(FITTING, [torch.float32], case) for _ in range(2))
         assert prepare(case, Call.of(case, len(FITTING)), lists, backend_name).is_current()
         result = run_prepared(case, Call.of(case, len(FITTING)), lists, backend_name)
         wanted = run(case, backend_name, want)
-        for role in (*TAKES[case.op], "steps"):
+        for role in (*takes(case), "steps"):
             assert all(torch.equal(a, b) for a, b in zip(lists.of(role), want.of(role), strict=True)), role
         assert result is None or torch.equal(result[0], wanted[0])
     assert lists_called

@@ -28,8 +28,8 @@ def through(runner, op, lists, *args, **kwargs):
     grads = tensors.checked(lists.grads)
     assert grads.addresses is not None
     if op == "grad_norm":
-        return tuple(t.clone() for t in tensors.grad_norm(grads, inv_scale))
-    return tensors.perturb_(grads, *args, inv_scale)
+        return tuple(t.clone() for t in tensors.grad_norm(grads, inv_scale=inv_scale))
+    return tensors.perturb_(grads, *args, inv_scale=inv_scale)
 
 
 def lists_of(*grads, weight=1.0):
