@@ -14,8 +14,8 @@ class Door(Protocol):
     ``rows`` is the table of ``ops/rows.py``, on the CPU; ``grads`` an int64 tensor on the CPU with one gradient address per
     row (0 where the tensor is empty); ``table`` whatever ``table()`` made of ``rows`` for the device, to be reused as long as
     the rows stay what they were; ``perturbed`` an int64 cell on the CPU, set to 1 by the call that moves the weights and to 0
-    by the one that brings them back. ``weight`` is given if the rows have accumulators, and only then. Scalars are 0-dim fp32 or fp64 tensors on the parameters' device, ``hyper`` a float64
-    table there or on the CPU.
+    by the one that brings them back. ``weight`` is given if the rows have accumulators, and only then. Scalars are 0-dim fp32
+    or fp64 tensors on the parameters' device, ``hyper`` a float64 table there or on the CPU.
     """
 
     def table(self, rows: Tensor, device: torch.device) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import backends, checks, fitting, foreach, reference, schema, triton
+from .dtypes import arithmetic_dtype
 
 # Backends that take tensors as they are. The others' kernels read blocks of memory, which have to fit.
 _PYTHON = {"reference": reference.KERNELS, "foreach": foreach.KERNELS}
@@ -297,9 +298,19 @@ def inverse_scale(scale: Tensor) -> Tensor:
     return scale.float().reciprocal().reshape(())
 
 
-def unscaled(grads: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
-    """The gradients without their loss scale, in copies, for a base optimizer that reads them itself. Waits for the device."""
-    return list(torch._foreach_mul(list(grads), 1.0 / float(scale)))
+def clip_factor(norm: Tensor, max_norm: float | Tensor) -> Tensor:
+    """``min(1, max_norm / (norm + 1e-6))``, as `torch.nn.utils.clip_grad_norm_` has it, on the norm's device."""
+    limit = max_norm.to(norm) if isinstance(max_norm, Tensor) else max_norm
+    return (limit / (norm + 1e-6)).clamp(max=1.0)
+
+
+def scaled(grads: Sequence[Tensor], dtypes: Sequence[torch.dtype], factor: Tensor | None) -> list[Tensor]:
+    """``factor g`` in copies of these dtypes, computed as the dtype of the arithmetic is, for who reads gradients itself."""
+    copies = [grad.detach().to(arithmetic_dtype(grad.dtype), copy=True) for grad in grads]
+    if factor is not None:
+        for copy in copies:
+            copy.mul_(factor.to(copy.device))
+    return [copy.to(dtype) for copy, dtype in zip(copies, dtypes, strict=True)]
 
 
 def not_all_zero(tensors: Sequence[Tensor]) -> list[Tensor]:

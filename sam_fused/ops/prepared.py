@@ -48,7 +48,7 @@ class Gradients:
 
 
 class Factors(NamedTuple):
-    """The scalars of a last pass, 0-dim tensors on the parameters' device: see ``sam_fused.ops.schema``. In the doors' order."""
+    """The scalars of a last pass, in the doors' order: 0-dim tensors on the parameters' device, see ``ops/schema.py``."""
 
     weight: Tensor | None = None
     inv_scale: Tensor | None = None
@@ -341,6 +341,10 @@ class TensorSet:
             raise
 
     @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
     def is_perturbed(self) -> bool:
         return bool(self.perturbed.item())
 
@@ -413,17 +417,3 @@ class TensorSet:
             return
         increment_version(self._fixed)
         fast.door.restore_adamw_(fast.rows, grads.addresses, hyper, self.perturbed, *factors, fast.table)
-
-
-class HyperTable:
-    """A float64 table of hyper-parameters that is written only when a value has changed."""
-
-    def __init__(self) -> None:
-        self._values: list[list[float]] = []
-        self._table = torch.zeros((0, 0), dtype=torch.float64, device="cpu")
-
-    def update(self, values: list[list[float]]) -> Tensor:
-        if values != self._values:
-            self._table = torch.tensor(values, dtype=torch.float64, device="cpu")
-            self._values = [list(row) for row in values]
-        return self._table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -86,6 +87,30 @@ def own_values(kwargs: dict[str, Any], names: dict[str, str], params: Any, base_
             )
         values[name] = kwargs.pop(key, kwargs.pop(name, default) if isinstance(params, Optimizer) else default)
     return values
+
+
+# SAM's settings that no group holds, as they are when nothing is said.
+_NO_SETTINGS = {"max_grad_norm": None, "model": None, "same_dropout": False, "capturable": False}
+
+
+def own_settings(kwargs: dict[str, Any], settings: dict[str, Any], base_keys: set[str]) -> dict[str, Any]:
+    """SAM's settings that no group holds. What the base optimizer has a keyword for goes to it, and ours is ``sam_<name>``."""
+    for name, value in list(settings.items()):
+        if name not in base_keys:
+            continue
+        if value is not _NO_SETTINGS[name]:
+            kwargs[name] = value
+        settings[name] = kwargs.pop(groups.PREFIX + name, _NO_SETTINGS[name])
+    return settings
+
+
+def check_limit(value: Any) -> None:
+    """Refuses a ``max_grad_norm`` that is none. What is on a device is not looked at: that would be waited for."""
+    if value is None or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_cpu):
+        return
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (is_number or (isinstance(value, Tensor) and value.numel() == 1)) or not float(value) > 0:
+        raise ValueError(f"max_grad_norm: expected a number above 0 or None, got {value!r}: use for example 1.0.")
 
 
 def check_params(params: Iterable[Tensor]) -> None:

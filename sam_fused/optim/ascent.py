@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import count, repeat
-from operator import is_, is_not
+from operator import attrgetter, is_, is_not
 from typing import Any
 
 import torch
@@ -13,14 +13,17 @@ from torch import Tensor
 from sam_fused.ops import backends
 from sam_fused.ops.checks import refuse_shared_memory
 from sam_fused.ops.fingerprint import PLAIN_TYPES
+from sam_fused.ops.functional import combined_norm
+from sam_fused.ops.hyper import HyperTable, number
 from sam_fused.ops.metrics import perturbation_metrics
-from sam_fused.ops.prepared import Gradients, HyperTable, TensorSet
+from sam_fused.ops.prepared import Gradients, TensorSet
 
 from . import groups
-from .buffers import BackupBuffers
+from .buffers import FlatBuffers
 from .state import Control
 
 _serials = count()
+_version_of = attrgetter("_version")
 
 # Sets of parameters that had gradients in a first pass are remembered: models that drop modules alternate between a few.
 _REMEMBERED = 8
@@ -33,10 +36,26 @@ class Part:
         self.tensors = tensors
         self.indices = indices
         self.serial = next(_serials)  # tells parts apart for as long as the process lives, which an id() does not
+        self._clean: list[int] | None = None
         self._all = len(indices) == total
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors.device
 
     def pick(self, entries: list[Any]) -> list[Any]:
         return entries if self._all else [entries[index] for index in self.indices]
+
+    def note_clean(self) -> None:
+        """The weights have just been restored: their backups are good until somebody writes into the weights."""
+        self._clean = list(map(_version_of, self.tensors.params))
+
+    def forget_clean(self) -> None:
+        self._clean = None
+
+    def backups_are_good(self) -> bool:
+        """Whether the weights are what they were when ``note_clean`` was called."""
+        return self._clean is not None and self._clean == list(map(_version_of, self.tensors.params))
 
 
 def backend_for(param: Tensor, forced: str | None) -> str:
@@ -62,9 +81,9 @@ class Ascent:
     def __init__(self, control: Control, names: dict[str, str]) -> None:
         self._control = control
         self._names = names
-        self._buffers = BackupBuffers()
+        self._buffers = FlatBuffers()
         self._hyper = HyperTable()
-        self._rows: list[list[float]] = []
+        self._checked: list[list[Any]] = []
         self._known: dict[Any, list[Part]] = {}
         self._params: list[Tensor] = []
         self.parts: list[Part] = []
@@ -74,34 +93,59 @@ class Ascent:
         param_groups: list[dict[str, Any]],
         params: list[Tensor],
         grads: list[Tensor | None],
-        combined_norm: Callable[[Sequence[Tensor]], Tensor],
+        *,
+        capturable: bool = False,
+        same_step: bool = False,
     ) -> None:
-        """One norm over all parts, then every part to ``w + e``. If anything is thrown, no weight has moved."""
+        """One norm over all parts, then every part to ``w + e``. If anything is thrown, no weight has moved.
+
+        ``same_step``: backups written by an earlier micro-batch of this step serve again.
+        """
         names = self._names
+        if not same_step:
+            for known in self._known.values():
+                for part in known:
+                    part.forget_clean()
         flags = tuple((len(g["params"]), g[names["perturb"]], g[names["adaptive"]]) for g in param_groups)
         self.parts = self._parts(param_groups, params, grads, flags)
         if not self.parts:
             return
-        rows = [[float(g[names["rho"]]), float(g[names["perturb_eps"]])] for g in param_groups]
-        if rows != self._rows:
+        rows = [[number(g[names["rho"]]), number(g[names["perturb_eps"]])] for g in param_groups]
+        seen = [[id(value) if isinstance(value, Tensor) else value for value in row] for row in rows]
+        if seen != self._checked:
             for index, group in enumerate(param_groups):
                 groups.check_group(group, names, index)
-            self._rows = rows
+            self._checked = seen
         # Maximizing a function is minimizing its negative, whose gradient is the negative: so is its ascent.
         hyper = self._hyper.update(
-            [[-rho if g.get("maximize") else rho, eps] for (rho, eps), g in zip(rows, param_groups, strict=True)]
+            [[-rho if g.get("maximize") else rho, eps] for (rho, eps), g in zip(rows, param_groups, strict=True)],
+            capturable,
         )
         picked = [part.tensors.checked(part.pick(grads)) for part in self.parts]
-        norm = combined_norm([part.tensors.grad_norm(chosen)[0] for part, chosen in zip(self.parts, picked, strict=True)])
+        norm = self._norm(picked)
+        tables = [hyper.on(part.device, compiled=backends.is_compiled(part.tensors.backend)) for part in self.parts]
         try:
-            for part, chosen in zip(self.parts, picked, strict=True):
-                device = part.tensors.params[0].device
-                part.tensors.perturb_(chosen, norm if norm.device == device else norm.to(device), hyper)
+            for part, chosen, table in zip(self.parts, picked, tables, strict=True):
+                here = norm if norm.device == part.device else norm.to(part.device)
+                part.tensors.perturb_(chosen, here, table, backup_exists=same_step and part.backups_are_good())
             if self._control.track_perturbation:
                 self._measure(picked)
         except BaseException:
             self.restore()
             raise
+
+    def _norm(self, picked: list[Gradients]) -> Tensor:
+        """One norm over all parts; counts, where it is, that it is not finite."""
+        device = self.parts[0].device
+        overflows = self._control.overflows
+        if overflows is None or overflows.device != device:
+            before = 0 if overflows is None else int(overflows)
+            overflows = self._control.overflows = torch.full((), before, dtype=torch.int64, device=device)
+        if len(self.parts) == 1:
+            return self.parts[0].tensors.grad_norm(picked[0], overflows=overflows)[0]
+        norm = combined_norm([part.tensors.grad_norm(chosen)[0] for part, chosen in zip(self.parts, picked, strict=True)])
+        overflows.add_(~norm.isfinite())
+        return norm
 
     def _measure(self, picked: list[Gradients]) -> None:
         sets = [part.tensors for part in self.parts]
@@ -124,6 +168,30 @@ class Ascent:
                     part.tensors.restore_()
                 except Exception:  # changed while perturbed, say by model.half()
                     part.tensors.restore_converted_()
+
+    def note_clean(self) -> None:
+        """The weights are clean and have just been restored, in the middle of a step."""
+        for part in self.parts:
+            part.note_clean()
+
+    def restoring(self, members: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+        """What brings ``members`` back to where they were: the backup of each that is perturbed, itself for any other; and the
+        cell that says whether they are perturbed, where that is one for all that are.
+
+        By identity, not by place in the list: somebody may have edited a group's list in between.
+        """
+        backups: dict[int, Tensor] = {}
+        cells: dict[int, Tensor] = {}
+        for part in self.perturbed_parts():
+            for param, backup in zip(part.tensors.params, part.tensors.backups, strict=True):
+                backups[id(param)] = backup
+                cells[id(param)] = part.tensors.perturbed
+        owners = {id(cell): cell for cell in map(cells.get, map(id, members)) if cell is not None}
+        cell = next(iter(owners.values())) if len(owners) == 1 else None
+        return [backups.get(id(param), param) for param in members], cell
+
+    def perturbed_parts(self) -> list[Part]:
+        return [part for part in self.parts if part.tensors.is_perturbed]
 
     def _parts(
         self,

@@ -1,8 +1,7 @@
 """Base optimizers with a fused last pass: which ones, what their hyper-parameters and state are called.
 
 A base optimizer runs fused if it is exactly SGD, Adam or AdamW and nobody is watching its own ``step``: hooks on it,
-``differentiable``, a patched ``step``, a learning rate on the device all mean that the weights are restored and its own
-``step`` is called.
+``differentiable``, a patched ``step`` all mean that the weights are restored and its own ``step`` is called.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from sam_fused.ops.hyper import Value, is_known, number
 from sam_fused.ops.prepared import TensorSet
 
 
@@ -23,14 +23,14 @@ from sam_fused.ops.prepared import TensorSet
 class FusedBase:
     """How one family of base optimizers is run by the op layer."""
 
-    hyper: Callable[[dict[str, Any]], list[float]]
+    hyper: Callable[[dict[str, Any]], list[Value]]
     state_keys: Callable[[dict[str, Any]], tuple[str, ...]]
     all_state_keys: tuple[str, ...]
     has_step_count: bool
     run: Callable[..., None]
 
 
-def _sgd_hyper(group: dict[str, Any]) -> list[float]:
+def _sgd_hyper(group: dict[str, Any]) -> list[Value]:
     values = (
         group["lr"],
         group["momentum"],
@@ -39,13 +39,13 @@ def _sgd_hyper(group: dict[str, Any]) -> list[float]:
         group["nesterov"],
         group["maximize"],
     )
-    return [float(value) for value in values]
+    return [number(value) for value in values]
 
 
-def _adam_hyper(group: dict[str, Any]) -> list[float]:
+def _adam_hyper(group: dict[str, Any]) -> list[Value]:
     beta1, beta2 = group["betas"]
     values = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["decoupled_weight_decay"])
-    return [float(value) for value in (*values, group["amsgrad"], group["maximize"])]
+    return [number(value) for value in (*values, group["amsgrad"], group["maximize"])]
 
 
 _SGD = FusedBase(
@@ -79,23 +79,13 @@ def fused_base(base: Optimizer) -> FusedBase | None:
     if "step" in base.__dict__ and not _is_scheduler_wrapper(base):
         return None
     for group in base.param_groups:
-        if group.get("differentiable") or _lr_is_on_a_device(group) or (group.get("capturable") and not _on_cuda(group)):
+        if group.get("differentiable") or not is_known(group.get("momentum")):
             return None
     return family
 
 
 def _is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _on_cuda(group: dict[str, Any]) -> bool:
-    """Whether ``capturable`` changes nothing: our kernels always are."""
-    return all(param.is_cuda for param in group["params"])
-
-
-def _lr_is_on_a_device(group: dict[str, Any]) -> bool:
-    """Then torch's own step can use it without waiting for it, and ours cannot yet."""
-    return isinstance(group["lr"], Tensor) and not group["lr"].is_cpu
 
 
 class FusedState:

@@ -1,4 +1,4 @@
-"""The backups: one flat buffer per device and dtype, allocated at first use and kept.
+"""Backups and accumulators: one flat buffer per device and dtype each, allocated at first use and kept.
 
 A fresh backup every step costs as much in page faults as the whole of a naive SAM step, and an address that changes makes
 address tables and captured graphs stale.
@@ -6,7 +6,7 @@ address tables and captured graphs stale.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,27 +18,33 @@ from sam_fused.ops.fingerprint import PLAIN_TYPES
 _ALIGNMENT = 64
 
 
-class BackupBuffers:
-    """Backups of parameters, each laid out as its parameter, in the parameter's dtype and on its device."""
+def own_dtype(dtype: torch.dtype) -> torch.dtype:
+    """A backup's: its parameter's."""
+    return dtype
 
-    def __init__(self) -> None:
+
+class FlatBuffers:
+    """A tensor for each parameter, laid out as it and on its device; ``dtype_for`` says of which dtype."""
+
+    def __init__(self, dtype_for: Callable[[torch.dtype], torch.dtype] = own_dtype) -> None:
+        self._dtype_for = dtype_for
         self._views: dict[int, tuple[Tensor, Tensor]] = {}
 
     def views(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """A backup for each parameter. Existing ones keep their address; the missing ones are allocated together."""
+        """One for each parameter. Existing ones keep their address; the missing ones are allocated together."""
         missing = [p for p in params if not self._has(p)]
         places: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for param in missing:
             if type(param) in PLAIN_TYPES:
-                places.setdefault((param.device, param.dtype), []).append(param)
+                places.setdefault((param.device, self._dtype_for(param.dtype)), []).append(param)
             else:  # a subclass (DTensor) knows best how it is stored
-                self._views[id(param)] = (param, torch.empty_like(param.detach()))
+                self._views[id(param)] = (param, torch.empty_like(param.detach(), dtype=self._dtype_for(param.dtype)))
         for (device, dtype), tensors in places.items():
             self._allocate(tensors, device, dtype)
         return [self._views[id(p)][1] for p in params]
 
     def keep(self, params: Sequence[Tensor]) -> None:
-        """Forgets the backups of all parameters but these. Their memory is freed when no view of the same buffer is left."""
+        """Forgets what belongs to any other parameter. Their memory is freed when no view of the same buffer is left."""
         kept = set(map(id, params))
         self._views = {key: held for key, held in self._views.items() if key in kept}
 
@@ -47,7 +53,7 @@ class BackupBuffers:
         if held is None or held[0] is not param:
             return False
         view = held[1]
-        if view.dtype != param.dtype or view.device != param.device:
+        if view.dtype != self._dtype_for(param.dtype) or view.device != param.device:
             return False
         return same_layout(param, view) if is_dense(param) else view.size() == param.size()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import repeat
-from operator import is_, is_not
+from operator import attrgetter, is_, is_not
 from typing import Any
 
 import torch
@@ -11,11 +13,39 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sam_fused.ops import backends, functional
-from sam_fused.ops.prepared import HyperTable, TensorSet
+from sam_fused.ops.dtypes import arithmetic_dtype
+from sam_fused.ops.hyper import HyperTable
+from sam_fused.ops.prepared import Factors, Gradients, TensorSet
 
 from .ascent import Ascent, Part, partition
 from .bases import FusedBase, FusedState, fused_base
 from .state import Control
+
+_is_cpu = attrgetter("is_cpu")
+
+
+@dataclass(frozen=True)
+class Final:
+    """What the base step is taken with: one entry per parameter, and the scalars.
+
+    Attributes:
+        grads: the gradients; the last micro-batch's where there are accumulators.
+        accumulators: what the micro-batches before it add up to.
+        weight: the last micro-batch's, as a scalar tensor on a device.
+        wide: whether the gradients are sums in the dtype of the arithmetic, and not the parameters' own.
+        grad_scale, found_inf: a scaler's.
+    """
+
+    grads: list[Tensor | None]
+    accumulators: list[Tensor | None] | None = None
+    weight: Callable[[torch.device], Tensor] | None = None
+    wide: bool = False
+    grad_scale: Tensor | None = None
+    found_inf: Any = None
+
+    @property
+    def skip(self) -> Tensor | None:
+        return self.found_inf if isinstance(self.found_inf, Tensor) else None
 
 
 class FusedPart:
@@ -43,32 +73,31 @@ class Descent:
         self.stepped = False
         self._params: list[Tensor] = []
 
-    def step(
-        self,
-        base: Optimizer,
-        ascent: Ascent,
-        params: list[Tensor],
-        grads: list[Tensor | None],
-        grad_scale: Tensor | None,
-        found_inf: Any,
-    ) -> None:
+    def is_fused(self, base: Optimizer, params: list[Tensor]) -> bool:
+        """Whether a step of these parameters takes the restore and the base step in one pass."""
+        if fused_base(base) is None:
+            return False
+        return all(map(_is_cpu, params)) or _serve_fused(partition(params, range(len(params)), self._control.backend))
+
+    def step(self, base: Optimizer, ascent: Ascent, params: list[Tensor], final: Final) -> None:
         """Leaves the weights clean and stepped. If a check fails, nothing has been written; whatever else is thrown,
         ``stepped`` says whether any weight has taken the step."""
         self.stepped = False
-        if isinstance(found_inf, Tensor) and found_inf.is_cpu and bool(found_inf):
+        if final.skip is not None and final.skip.is_cpu and bool(final.skip):
             # Read here only where reading costs nothing: nothing of the base optimizer, not even its state's creation, happens.
             ascent.restore()
             return
         family = fused_base(base)
-        complete = all(map(is_not, grads, repeat(None)))
-        if family is None or not self._prepare(family, base, ascent, params, grads, complete):
-            self._step_unfused(base, ascent, params, grads, grad_scale, found_inf)
+        if family is None or not self._prepare(family, base, ascent, params, final):
+            self._step_unfused(base, ascent, params, final)
             return
-        hyper = self._hyper.update([family.hyper(group) for group in base.param_groups])
-        checked = [entry.part.tensors.checked(entry.part.pick(grads)) for entry in self._parts]
-        inverse = None if grad_scale is None else functional.inverse_scale(grad_scale)
-        skip = found_inf if isinstance(found_inf, Tensor) else None
-        ascending = [part for part in ascent.parts if part.tensors.is_perturbed]
+        table = self._hyper.update([family.hyper(group) for group in base.param_groups], is_capturable(self._control, base))
+        checked = [entry.part.tensors.checked(entry.part.pick(final.grads)) for entry in self._parts]
+        factors = self._factors(checked, final)
+        hypers = [
+            table.on(entry.part.device, compiled=backends.is_compiled(entry.part.tensors.backend)) for entry in self._parts
+        ]
+        ascending = ascent.perturbed_parts()
         for part in self._left_over:
             part.tensors.restore_()
         for entry in self._parts:
@@ -76,9 +105,8 @@ class Descent:
         try:
             for entry in self._parts:
                 entry.state.commit()
-            for entry, chosen in zip(self._parts, checked, strict=True):
-                device = entry.part.tensors.params[0].device
-                family.run(entry.part.tensors, chosen, hyper, inv_scale=_on(device, inverse), found_inf=_on(device, skip))
+            for entry, chosen, hyper, scalars in zip(self._parts, checked, hypers, factors, strict=True):
+                family.run(entry.part.tensors, chosen, hyper, scalars)
             self.stepped = True
         except BaseException:
             self._key = None
@@ -93,33 +121,52 @@ class Descent:
         for part in ascending:
             part.tensors.perturbed.zero_()
 
+    def _factors(self, checked: list[Gradients], final: Final) -> list[Factors]:
+        """The scalars of the last pass, for each part on its device; the clip factor from one norm over all parts."""
+        inverse = None if final.grad_scale is None else functional.inverse_scale(final.grad_scale)
+        found = []
+        for entry in self._parts:
+            device = entry.part.device
+            weight = None if final.weight is None else final.weight(device)
+            found.append(Factors(weight, _on(device, inverse), _on(device, final.skip)))
+        if self._control.max_grad_norm is None or not self._parts:
+            return found
+        norms = [
+            entry.part.tensors.grad_norm(chosen, weight=factors.weight, inv_scale=factors.inv_scale)[0]
+            for entry, chosen, factors in zip(self._parts, checked, found, strict=True)
+        ]
+        norm = self._control.grad_norm = functional.combined_norm(norms).clone()
+        clip = functional.clip_factor(norm, self._control.max_grad_norm)
+        return [f._replace(clip=_on(entry.part.device, clip)) for entry, f in zip(self._parts, found, strict=True)]
+
     def _prepare(
         self,
         family: FusedBase,
         base: Optimizer,
         ascent: Ascent,
         params: list[Tensor],
-        grads: list[Tensor | None],
-        complete: bool,
+        final: Final,
     ) -> bool:
         """Makes ``_parts`` those of this step. False where the fused form does not serve these parameters."""
-        perturbed = tuple(part.serial for part in ascent.parts if part.tensors.is_perturbed)
+        grads = final.grads
+        complete = all(map(is_not, grads, repeat(None)))
+        perturbed = tuple(part.serial for part in ascent.perturbed_parts())
         layout = tuple((len(g["params"]), family.state_keys(g)) for g in base.param_groups)
-        key = (perturbed, layout, None if complete else tuple(grad is None for grad in grads))
+        sums = (final.wide, final.accumulators is not None)
+        key = (perturbed, layout, sums, None if complete else tuple(grad is None for grad in grads))
         same_params = len(params) == len(self._params) and all(map(is_, params, self._params))
         if base is self._base and key == self._key and same_params and all(entry.is_current() for entry in self._parts):
             return self._fused
         self._params, self._base, self._key = list(params), base, None
         places = partition(params, grads_present(grads), self._control.backend)
-        self._fused = all(device.type == "cpu" or backends.is_compiled(backend) for device, backend in places)
+        self._fused = _serve_fused(places)
         if not self._fused:
             self._parts, self._key = [], key
             return False
-        self._parts = self._build(family, base, ascent, params, places)
+        self._parts = self._build(family, base, ascent, params, final, places)
         # Perturbed, but without a gradient in the second pass: nothing steps these, so they are restored by themselves.
         stepping = {id(param) for entry in self._parts for param in entry.part.tensors.params}
-        ascending = [part for part in ascent.parts if part.tensors.is_perturbed]
-        self._left_over = [part for part in ascending if not stepping.issuperset(map(id, part.tensors.params))]
+        self._left_over = [part for part in ascent.perturbed_parts() if not stepping.issuperset(map(id, part.tensors.params))]
         self._key = key
         return True
 
@@ -129,71 +176,90 @@ class Descent:
         base: Optimizer,
         ascent: Ascent,
         params: list[Tensor],
+        final: Final,
         places: dict[tuple[torch.device, str], list[int]],
     ) -> list[FusedPart]:
         group_of: list[int] = []
         for number, group in enumerate(base.param_groups):
             group_of += [number] * len(group["params"])
-        backups: dict[int, Tensor] = {}
-        cells: dict[int, Tensor] = {}
-        for part in ascent.parts:
-            if part.tensors.is_perturbed:
-                # By identity, not by place in the list: somebody may have edited a group's list in between.
-                for param, backup in zip(part.tensors.params, part.tensors.backups, strict=True):
-                    backups[id(param)] = backup
-                    cells[id(param)] = part.tensors.perturbed
         entries = []
         for (_, backend), chosen in places.items():
             members = [params[i] for i in chosen]
             state = FusedState(family, base, members, [base.param_groups[group_of[i]] for i in chosen])
-            owners = {id(cell): cell for cell in map(cells.get, map(id, members)) if cell is not None}
+            backups, cell = ascent.restoring(members)
             tensors = TensorSet(
                 members,
-                [backups.get(id(param), param) for param in members],
+                backups,
                 backend=backend,
                 groups=[group_of[i] for i in chosen],
                 states=tuple(state.columns),
                 steps=state.steps,
                 first=state.first if not family.has_step_count else [],
-                perturbed=next(iter(owners.values())) if len(owners) == 1 else None,
+                accumulators=[]
+                if final.accumulators is None
+                else [a for i in chosen if (a := final.accumulators[i]) is not None],
+                grad_dtypes=[arithmetic_dtype(param.dtype) for param in members] if final.wide else [],
+                perturbed=cell,
             )
             entries.append(FusedPart(Part(tensors, chosen, len(params)), state))
         return entries
 
-    def _step_unfused(
-        self,
-        base: Optimizer,
-        ascent: Ascent,
-        params: list[Tensor],
-        grads: list[Tensor | None],
-        grad_scale: Tensor | None,
-        found_inf: Any,
-    ) -> None:
+    def _step_unfused(self, base: Optimizer, ascent: Ascent, params: list[Tensor], final: Final) -> None:
         """Restores, then lets the base optimizer's own ``step`` run, with its hooks. Under a loss scale this waits once."""
         ascent.restore()
-        if isinstance(found_inf, Tensor) and bool(found_inf):
+        if final.skip is not None and bool(final.skip):
             return
-        present = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
-        if grad_scale is None or not present:
+        present = [(param, grad) for param, grad in zip(params, final.grads, strict=True) if grad is not None]
+        factor = self._factor_unfused([grad for _, grad in present], final.grad_scale)
+        own = all(param.grad is grad for param, grad in present)
+        if factor is None and own:
             base.step()
             self.stepped = True
             return
-        # Unscaled copies stand in for the gradients during the step: gradients are never written into.
-        unscaled = functional.unscaled([g for _, g in present], grad_scale)
+        # Copies stand in for the gradients during the step: gradients are never written into.
+        held = [param.grad for param, _ in present]
+        stand_ins = functional.scaled([grad for _, grad in present], [param.dtype for param, _ in present], factor)
         try:
-            for (param, _), grad in zip(present, unscaled, strict=True):
-                param.grad = grad
+            for (param, _), stand_in in zip(present, stand_ins, strict=True):
+                param.grad = stand_in
             base.step()
             self.stepped = True
         finally:
-            for param, grad in present:
-                param.grad = grad
+            for (param, _), own_grad in zip(present, held, strict=True):
+                param.grad = own_grad
+
+    def _factor_unfused(self, grads: list[Tensor], grad_scale: Tensor | None) -> Tensor | None:
+        """What the gradients are multiplied with before the base optimizer's own ``step`` reads them."""
+        inverse = None if grad_scale is None else functional.inverse_scale(grad_scale)
+        limit = self._control.max_grad_norm
+        if limit is None or not grads:
+            return inverse
+        places: dict[torch.device, list[Tensor]] = {}
+        for grad in grads:
+            places.setdefault(grad.device, []).append(grad)
+        norms = [
+            functional.grad_norm(list(there), inv_scale=_on(device, inverse), backend=self._control.backend)[0]
+            for device, there in places.items()
+        ]
+        norm = self._control.grad_norm = functional.combined_norm(norms).clone()
+        clip = functional.clip_factor(norm, limit)
+        return clip if inverse is None else clip * inverse.to(clip.device)
 
     def release(self) -> None:
         self._key = None
         self._parts = []
         self._left_over = []
         self._params = []
+
+
+def _serve_fused(places: Iterable[tuple[torch.device, str]]) -> bool:
+    """Whether the operations have the base step in them everywhere: compiled backends, and every one on the CPU."""
+    return all(device.type == "cpu" or backends.is_compiled(backend) for device, backend in places)
+
+
+def is_capturable(control: Control, base: Optimizer) -> bool:
+    """Whether hyper-parameters live on the device: our setting, or the base optimizer's of the same name."""
+    return control.capturable or any(group.get("capturable") for group in base.param_groups)
 
 
 def grads_present(grads: list[Tensor | None]) -> list[int]:

@@ -10,20 +10,28 @@ from operator import attrgetter, is_not
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sam_fused.batch_norm import RunningStatistics
 from sam_fused.ops import backends
-from sam_fused.ops.functional import combined_norm, not_all_zero
+from sam_fused.ops.functional import not_all_zero
+from sam_fused.ops.hyper import is_known
 from sam_fused.ops.metrics import PerturbationMetrics
+from sam_fused.randomness import Randomness
 
 from . import groups
-from .arguments import check_params, keys_of, own_values, refuse_hidden
-from .ascent import Ascent
-from .descent import Descent
+from .arguments import check_limit, check_params, keys_of, own_settings, own_values, refuse_hidden
+from .closures import detached, evaluate
+from .descent import Final, is_capturable
 from .state import Control, Move, State
+from .wrapper import Wrapper
 
-_grad_of = attrgetter("grad")
+grad_of = attrgetter("grad")
+
+
+def _has_no_lr(group: dict[str, Any]) -> bool:
+    return is_known(group["lr"]) and float(group["lr"]) == 0
 
 
 class Losses(NamedTuple):
@@ -48,7 +56,7 @@ class Losses(NamedTuple):
         return self.perturbed - self.clean
 
 
-class SAM(Optimizer):
+class SAM(Wrapper):
     r"""Sharpness-Aware Minimization [2010.01412] around any ``torch.optim`` optimizer.
 
     .. math::
@@ -77,6 +85,14 @@ class SAM(Optimizer):
         adaptive: ASAM. Per group: the key ``adaptive``.
         perturb: False leaves a group out of the perturbation and out of the norm. Per group: the key ``perturb``.
         perturb_eps: added to the norm. Per group: the key ``perturb_eps``. Never ``eps``, which is the base optimizer's.
+        max_grad_norm: clips the norm of the step's gradient, over the parameters of all groups, as
+            ``torch.nn.utils.clip_grad_norm_`` before the base step would: the factor is applied inside the last pass, and
+            ``.grad`` keeps what it held. A float, or a tensor on the device.
+        model: its running statistics (batch norm's) see the first pass only; see ``sam_fused.freeze_batch_norm_stats``.
+        same_dropout: the second pass draws the random numbers of the first, on the CPU and on the parameters' CUDA devices. By
+            hand, call ``remember_randomness()`` before the first forward pass.
+        capturable: hyper-parameters live in tables on the parameters' device, at one address, so that a captured CUDA graph
+            sees them change. (Adam has a keyword of this name; given to it, it is this one as well.)
         backend: ``"native"``, ``"triton"``, ``"foreach"`` or ``"reference"``; None chooses, see ``python -m sam_fused.info``.
         track_perturbation: measure the realised perturbation in every step, into ``perturbation`` (slow: for looking).
         **base_kwargs: the base optimizer's arguments. A base with a keyword of ours (Adadelta's ``rho``) keeps it, and ours
@@ -84,6 +100,10 @@ class SAM(Optimizer):
 
     Attributes:
         base_optimizer: the base optimizer. Groups and state are shared with it, LR schedulers may use either.
+        grad_norm: the norm of the last step's gradient before clipping, a 0-dim tensor on its device, with ``max_grad_norm``;
+            else None.
+        ascent_overflows: how many first passes had a norm that was inf or NaN, so that the step was a plain base step: a 0-dim
+            int64 tensor on the parameters' device.
         losses: ``Losses`` of the last ``step(closure)``; None after a step by hand, or with a closure that returns nothing.
         perturbation: ``PerturbationMetrics`` of the last ascent with ``track_perturbation``, or None.
 
@@ -96,10 +116,6 @@ class SAM(Optimizer):
     # pass, and the weights would stay perturbed.
     _step_supports_amp_scaling = True
 
-    base_optimizer: Optimizer
-    _control: Control
-    _names: dict[str, str]
-
     def __init__(
         self,
         params: Iterable[Any] | Optimizer,
@@ -109,6 +125,10 @@ class SAM(Optimizer):
         *,
         perturb: bool = groups.DEFAULTS["perturb"],
         perturb_eps: float = groups.DEFAULTS["perturb_eps"],
+        max_grad_norm: float | Tensor | None = None,
+        model: nn.Module | None = None,
+        same_dropout: bool = False,
+        capturable: bool = False,
         backend: str | None = None,
         track_perturbation: bool = False,
         **kwargs: Any,
@@ -118,6 +138,8 @@ class SAM(Optimizer):
         base_keys = keys_of(params, base_optimizer)
         backends.check_name(backend)
         names = groups.key_names(base_keys)
+        own = {"max_grad_norm": max_grad_norm, "model": model, "same_dropout": same_dropout, "capturable": capturable}
+        settings: dict[str, Any] = own_settings(kwargs, own, base_keys)
         given = {"rho": rho, "adaptive": adaptive, "perturb": perturb, "perturb_eps": perturb_eps}
         # By identity: a base optimizer that has such a keyword itself must see that it was given, whatever its value.
         kwargs |= {name: value for name, value in given.items() if value is not groups.DEFAULTS[name]}
@@ -137,40 +159,10 @@ class SAM(Optimizer):
             check_params(group["params"])
         names = refuse_hidden(base, names, {name: value for name, value in values.items() if name in asked})
         groups.fill(base, names, values)
-        control = Control(backend=backend, track_perturbation=track_perturbation)
-        self._attach(base, names, values, control)
+        check_limit(settings["max_grad_norm"])
+        self._attach(base, names, values, Control(backend=backend, track_perturbation=track_perturbation, **settings))
 
-    def _attach(self, base: Optimizer, names: dict[str, str], values: dict[str, Any], control: Control) -> None:
-        # Through __dict__: `state` and `param_groups` are properties that read the base's, and Optimizer.__init__ is not
-        # called because it would make a second set of both.
-        self.__dict__.update(base_optimizer=base, _names=names, _control=control)
-        self._fill = groups.Filler(names, values)
-        base.register_load_state_dict_pre_hook(self._fill.remember)
-        base.register_load_state_dict_post_hook(self._fill.fill)
-        self._ascent = Ascent(control, names)
-        self._descent = Descent(control)
-        defaults = {**base.defaults, **{names[name]: value for name, value in values.items()}}
-        Optimizer.__setstate__(self, {"defaults": defaults})
-        self._warned_capturable_if_run_uncaptured = True
-
-    # ---- what is shared with the base optimizer ----------------------------------------------------------------------
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        self._control.groups_read = True
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.base_optimizer.param_groups = value
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.base_optimizer.state = value
+    # ---- settings and readings ---------------------------------------------------------------------------------------
 
     @property
     def enabled(self) -> bool:
@@ -180,6 +172,25 @@ class SAM(Optimizer):
     @enabled.setter
     def enabled(self, value: bool) -> None:
         self._control.enabled = bool(value)
+
+    @property
+    def max_grad_norm(self) -> float | Tensor | None:
+        """The limit of the gradient's norm; None: no limit."""
+        return self._control.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | Tensor | None) -> None:
+        check_limit(value)
+        self._control.max_grad_norm = value
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        return self._control.grad_norm
+
+    @property
+    def ascent_overflows(self) -> Tensor:
+        overflows = self._control.overflows
+        return torch.zeros((), dtype=torch.int64) if overflows is None else overflows
 
     @property
     def losses(self) -> Losses | None:
@@ -224,7 +235,7 @@ class SAM(Optimizer):
         self._refuse_scaled_closure()
         self._control.require(Move.STEP_CLOSURE)
         if self._control.state is State.READY:
-            loss = _evaluate(closure)
+            loss = evaluate(closure)
             self._base_step()
             return loss
         if not first_pass_done:
@@ -233,26 +244,27 @@ class SAM(Optimizer):
             clean_loss = None
             if not first_pass_done:
                 self._clear_gradients()
-                clean_loss = _evaluate(closure)
+                if self._control.same_dropout:
+                    self.remember_randomness()
+                clean_loss = evaluate(closure)
                 if self._control.state is not State.CLEAN:
                     raise RuntimeError(
                         "step(closure): expected a closure that only evaluates, got one that perturbs by itself: leave "
                         "first_step() and perturbed() to step(closure), or run both passes by hand."
                     )
             if not self._control.enabled:
-                loss = _evaluate(closure) if first_pass_done else clean_loss
+                loss = evaluate(closure) if first_pass_done else clean_loss
                 self._base_step()
                 return loss
             with self._perturbed_until_error():
-                perturbed_loss = _evaluate(closure)
+                perturbed_loss = evaluate(closure)
                 self._base_step()
         except BaseException:
-            self._ascent.restore()
-            self._control.state = State.CLEAN
+            self._give_up()
             self._remember_gradients()  # half a pass's: nobody's to keep, so the next step may clear them
             raise
-        self._control.clean_loss = _detached(clean_loss)
-        self._control.perturbed_loss = _detached(perturbed_loss)
+        self._control.clean_loss = detached(clean_loss)
+        self._control.perturbed_loss = detached(perturbed_loss)
         return perturbed_loss if first_pass_done else clean_loss
 
     @contextmanager
@@ -268,7 +280,7 @@ class SAM(Optimizer):
             self._control.groups_read = False
             yield
             self._ascent.restore()
-            self._control.state = State.READY
+            self._settle(State.READY)
 
     def first_step(self, zero_grad: bool = False) -> None:
         """Moves the weights to ``w + e``, with the gradients that are there. Then: forward, backward, ``second_step``.
@@ -282,8 +294,7 @@ class SAM(Optimizer):
             self._control.state = State.PERTURBED
             self._control.groups_read = False
         except BaseException:  # an interrupt between the two lines, too
-            self._ascent.restore()
-            self._control.state = State.CLEAN
+            self._give_up()
             raise
         if zero_grad:
             self._clear_gradients()
@@ -307,71 +318,102 @@ class SAM(Optimizer):
             RuntimeError: inside a ``perturbed()`` block or a closure, which restore by themselves.
         """
         self._control.require(Move.RESTORE)
-        self._ascent.restore()
-        self._control.state = State.CLEAN
+        self._give_up()
+
+    def remember_randomness(self) -> None:
+        """With ``same_dropout`` and both passes by hand: to be called before the first forward pass, so that the second draws
+        the same random numbers. ``step(closure)`` does it by itself."""
+        self._control.randomness = Randomness({param.device for param in self._params()})
+        self._control.randomness.record()
 
     # ---- the moves ---------------------------------------------------------------------------------------------------
 
     def _step_without_closure(self) -> None:
         # Where every learning rate is 0 nothing can be trained wrongly: so distributed checkpointing materialises state.
         plain = self._control.state is State.CLEAN and (
-            not self._control.enabled or all(float(group["lr"]) == 0 for group in self.base_optimizer.param_groups)
+            not self._control.enabled or all(map(_has_no_lr, self.base_optimizer.param_groups))
         )
         if not plain:
             self._control.require(Move.STEP)
         self._base_step()
 
-    def _ascend(self) -> None:
-        """Perturbs with the present gradients. Whatever is thrown, the weights are clean afterwards."""
-        self._control.perturbation = None
-        if not self._control.enabled:
+    def _ascend(self, *, same_step: bool = False) -> None:
+        """Perturbs with the present gradients, and prepares what surrounds the second pass."""
+        control = self._control
+        control.perturbation = None
+        if not control.enabled:
             self._ascent.nothing()
             return
+        if control.same_dropout and (control.randomness is None or not control.randomness.is_recorded):
+            raise RuntimeError(
+                "same_dropout: expected the random numbers of the first pass to be known, got a first pass by hand: call "
+                "remember_randomness() before its forward."
+            )
         params = self._params()
-        grads = list(map(_grad_of, params))
-        self._fill.fill(self.base_optimizer)
-        if not self._control.warned and not any(map(is_not, grads, repeat(None))):
-            self._control.warned = True
+        grads = list(map(grad_of, params))
+        base = self.base_optimizer
+        self._fill.fill(base)
+        if not control.warned and not any(map(is_not, grads, repeat(None))):
+            control.warned = True
             warnings.warn(
                 "SAM: expected gradients to perturb along, found none on any parameter, so this step is the base optimizer's "
                 "alone; call backward() before first_step() or perturbed(), and in the closure of step(closure).",
                 stacklevel=4,
             )
-        self._ascent.perturb(self.base_optimizer.param_groups, params, grads, combined_norm)
+        capturable = is_capturable(control, base)
+        self._ascent.perturb(base.param_groups, params, grads, capturable=capturable, same_step=same_step)
+        if control.model is not None:
+            if control.statistics is None:
+                control.statistics = RunningStatistics(control.model)
+            control.statistics.save()
+        if control.same_dropout and control.randomness is not None:
+            control.randomness.replay()
 
     @contextmanager
-    def _perturbed_until_error(self) -> Iterator[None]:
+    def _perturbed_until_error(self, *, same_step: bool = False) -> Iterator[None]:
         try:
-            self._ascend()
+            self._ascend(same_step=same_step)
             self._control.state = State.INSIDE
             self._clear_gradients()
             yield
         except BaseException:
-            try:
-                self._ascent.restore()
-            finally:
-                self._control.state = State.CLEAN
+            self._give_up()
             raise
 
-    def _base_step(self) -> None:
+    def _settle(self, state: State) -> None:
+        """The weights are clean, the second pass is over."""
+        try:
+            if self._control.statistics is not None:
+                self._control.statistics.put_back()
+        finally:
+            self._control.state = state
+
+    def _give_up(self) -> None:
+        """Back to clean weights, whatever has happened."""
+        try:
+            self._ascent.restore()
+        finally:
+            self._settle(State.CLEAN)
+
+    def _base_step(self, final: Final | None = None) -> None:
         """Restores what is perturbed and runs the base optimizer, in one pass where it has a fused form."""
         params = self._params()
         scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
-        grads = list(map(_grad_of, params))
+        if final is None:
+            final = Final(list(map(grad_of, params)), grad_scale=scale, found_inf=found_inf)
         if scale is None and found_inf is not None:
             self._refuse_unscaled_too_early()
         try:
-            self._descent.step(self.base_optimizer, self._ascent, params, grads, scale, found_inf)
-            self._control.state = State.CLEAN
+            self._descent.step(self.base_optimizer, self._ascent, params, final)
+            self._settle(State.CLEAN)
         except BaseException:
             if self._descent.stepped:  # an interrupt after the fact: the step is over, it must not be taken twice
-                self._ascent.restore()
-                self._control.state = State.CLEAN
+                self._give_up()
             raise
         self._control.clean_loss = self._control.perturbed_loss = None
         # What an LR scheduler looks for on either optimizer to know that a step was taken.
         self.base_optimizer._opt_called = self._opt_called = True  # type: ignore[attr-defined]
-        self._control.remember(grads)
+        self._remember_gradients()
 
     def _params(self) -> list[Tensor]:
         """The parameters of all groups; to be read, not kept: of a single group it is the group's own list."""
@@ -383,7 +425,7 @@ class SAM(Optimizer):
             param.grad = None
 
     def _remember_gradients(self) -> None:
-        self._control.remember(list(map(_grad_of, self._params())))
+        self._control.remember(list(map(grad_of, self._params())))
 
     # ---- refusals ----------------------------------------------------------------------------------------------------
 
@@ -408,15 +450,12 @@ class SAM(Optimizer):
             )
 
     def _refuse_fresh_gradients(self) -> None:
-        grads = list(map(_grad_of, self._params()))
+        grads = list(map(grad_of, self._params()))
         if not any(map(is_not, grads, [None] * len(grads))):
             return
         left, versions = self._control.left, self._control.left_versions
-        fresh = [
-            grad
-            for index, grad in enumerate(grads)
-            if grad is not None and (index >= len(left) or left[index] is None or left[index]() is not grad)  # type: ignore[misc]
-        ]
+        known = [None if reference is None else reference() for reference in left] + [None] * len(grads)
+        fresh = [grad for grad, seen in zip(grads, known, strict=False) if grad is not None and seen is not grad]
         if not fresh and len(left) == len(grads):
             # The same tensors, but a backward adds into them. What zero_grad(set_to_none=False) has written holds nothing.
             written = [g for g, version in zip(grads, versions, strict=True) if g is not None and g._version != version]
@@ -428,92 +467,6 @@ class SAM(Optimizer):
             f"{len(fresh) or 'other'} fresh ones: call zero_grad() to drop them, step(closure, first_pass_done=True) to use "
             "them as the first pass, or perturbed() to run both passes by hand."
         )
-
-    # ---- torch.optim's interface -------------------------------------------------------------------------------------
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears all gradients, in every state."""
-        read = self._control.groups_read
-        super().zero_grad(set_to_none)
-        self._control.groups_read = read
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to both optimizers; SAM's missing keys take their constructor values.
-
-        Raises:
-            RuntimeError: the weights are perturbed.
-        """
-        self._control.require(Move.ADD_PARAM_GROUP)
-        base, known = self.base_optimizer, len(self.base_optimizer.param_groups)
-        values = {name: self.defaults[key] for name, key in self._names.items()}
-        candidate = {**{key: values[name] for name, key in self._names.items()}, **param_group}
-        groups.check_group(candidate, self._names, known)
-        base.add_param_group(param_group)
-        try:
-            check_params(base.param_groups[-1]["params"])
-        except (TypeError, ValueError):
-            base.param_groups.pop()
-            raise
-        groups.fill(base, self._names, values, since=known)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict, SAM's group keys in its groups; nothing of the perturbation.
-
-        Raises:
-            RuntimeError: the weights are perturbed.
-        """
-        self._control.require(Move.STATE_DICT)
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        result: dict[str, Any] = self.base_optimizer.state_dict()
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            result = post_hook(self, result) or result
-        return result
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of SAM or of a plain base optimizer; keys of ours that it lacks keep their present values.
-
-        Raises:
-            RuntimeError: the weights are perturbed.
-        """
-        self._control.require(Move.LOAD_STATE_DICT)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
-        self.base_optimizer.load_state_dict(state_dict)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def release_buffers(self) -> None:
-        """Frees the backup (once the parameters' size); the next step allocates it again.
-
-        Raises:
-            RuntimeError: the weights are perturbed.
-        """
-        self._control.require(Move.RELEASE_BUFFERS)
-        self._ascent.release()
-        self._descent.release()
-
-    @property
-    def buffer_bytes(self) -> int:
-        """Bytes held by the backup."""
-        return self._ascent.buffer_bytes
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._control.require(Move.STATE_DICT)
-        settings = (self._control.enabled, self._control.backend, self._control.track_perturbation)
-        own = {name: self.defaults[key] for name, key in self._names.items()}
-        return {"base_optimizer": self.base_optimizer, "names": self._names, "values": own, "settings": settings}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "base_optimizer" not in state:  # Optimizer.load_state_dict's way of setting groups and state
-            self.base_optimizer.__setstate__(state)
-            return
-        enabled, backend, track = state["settings"]
-        control = Control(enabled=enabled, backend=backend, track_perturbation=track)
-        self._attach(state["base_optimizer"], state["names"], state["values"], control)
-
-    def __repr__(self) -> str:
-        return f"SAM around {super().__repr__()}".replace("SAM (", f"{type(self.base_optimizer).__name__} (", 1)
 
 
 def perturbed(optimizer: Any) -> Any:
@@ -531,21 +484,3 @@ def perturbed(optimizer: Any) -> Any:
                 "construct SAM(...) and pass that."
             )
     return inner.perturbed()
-
-
-def _evaluate(closure: Callable[[], Any]) -> Any:
-    if torch.is_grad_enabled():
-        return closure()
-    with torch.enable_grad():
-        return closure()
-
-
-def _detached(loss: Any) -> Any:
-    """What a closure returned, without the graph that it would keep alive."""
-    if isinstance(loss, Tensor):
-        return loss.detach()
-    if isinstance(loss, dict):
-        return {key: _detached(value) for key, value in loss.items()}
-    if type(loss) in (tuple, list):
-        return type(loss)(map(_detached, loss))
-    return loss

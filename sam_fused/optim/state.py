@@ -22,6 +22,7 @@ class State(Enum):
     PERTURBED = "perturbed"  # after first_step()
     INSIDE = "inside"  # in a perturbed() block, or in the second pass of step(closure)
     READY = "ready"  # perturbed() was left: weights are clean, the gradients are the second pass's
+    ACCUMULATED = "accumulated"  # between two micro-batches: weights are clean, the gradients so far are in the accumulators
 
 
 class Move(Enum):
@@ -30,6 +31,7 @@ class Move(Enum):
     STEP = "step()"
     STEP_CLOSURE = "step(closure)"
     PERTURBED = "perturbed()"
+    MICRO_BATCH = "micro_batch()"
     RESTORE = "restore()"
     STATE_DICT = "state_dict()"
     LOAD_STATE_DICT = "load_state_dict()"
@@ -40,38 +42,52 @@ class Move(Enum):
 
 _LEAVE = "leave the perturbed() block (or the closure) first"
 _FINISH = "call second_step() or step() first, or restore() to give the step up"
+_COMPLETE = "run the other micro-batches, whose weights sum to 1, and step() first, or restore() to give the step up"
 
-# Every cell: None is allowed, text is the remedy that follows "expected ..., got ...".
+
+def _refused_when(**remedies: str) -> dict[State, str | None]:
+    return {state: remedies.get(state.name) for state in State}
+
+
+# Every cell: None is allowed, text is the remedy.
 TABLE: dict[Move, dict[State, str | None]] = {
-    Move.FIRST_STEP: {State.CLEAN: None, State.READY: None, State.PERTURBED: _FINISH, State.INSIDE: _LEAVE},
-    Move.SECOND_STEP: {
-        State.CLEAN: "call first_step() after the first backward",
-        State.READY: "call step() after a perturbed() block",
-        State.PERTURBED: None,
-        State.INSIDE: _LEAVE,
-    },
-    Move.STEP: {
-        State.CLEAN: "pass a closure, use perturbed() or first_step() before it, or set enabled = False for a base step",
-        State.READY: None,
-        State.PERTURBED: None,
-        State.INSIDE: _LEAVE,
-    },
-    Move.STEP_CLOSURE: {State.CLEAN: None, State.READY: None, State.PERTURBED: _FINISH, State.INSIDE: _LEAVE},
-    Move.PERTURBED: {State.CLEAN: None, State.READY: None, State.PERTURBED: _FINISH, State.INSIDE: _LEAVE},
-    Move.RESTORE: {State.CLEAN: None, State.READY: None, State.PERTURBED: None, State.INSIDE: _LEAVE},
-    Move.STATE_DICT: {State.CLEAN: None, State.READY: None, State.PERTURBED: _FINISH, State.INSIDE: _LEAVE},
-    Move.LOAD_STATE_DICT: {State.CLEAN: None, State.READY: None, State.PERTURBED: _FINISH, State.INSIDE: _LEAVE},
-    Move.ZERO_GRAD: {State.CLEAN: None, State.READY: None, State.PERTURBED: None, State.INSIDE: None},
-    Move.ADD_PARAM_GROUP: {State.CLEAN: None, State.READY: None, State.PERTURBED: _FINISH, State.INSIDE: _LEAVE},
-    Move.RELEASE_BUFFERS: {State.CLEAN: None, State.READY: None, State.PERTURBED: _FINISH, State.INSIDE: _LEAVE},
+    Move.FIRST_STEP: _refused_when(PERTURBED=_FINISH, INSIDE=_LEAVE, ACCUMULATED=_COMPLETE),
+    Move.SECOND_STEP: _refused_when(
+        CLEAN="call first_step() after the first backward",
+        READY="call step() after a perturbed() or micro_batch() block",
+        INSIDE=_LEAVE,
+        ACCUMULATED=_COMPLETE,
+    ),
+    Move.STEP: _refused_when(
+        CLEAN="pass a closure, use perturbed() or first_step() before it, or set enabled = False for a base step",
+        INSIDE=_LEAVE,
+        ACCUMULATED=_COMPLETE,
+    ),
+    Move.STEP_CLOSURE: _refused_when(PERTURBED=_FINISH, INSIDE=_LEAVE, ACCUMULATED=_COMPLETE),
+    Move.PERTURBED: _refused_when(PERTURBED=_FINISH, INSIDE=_LEAVE, ACCUMULATED=_COMPLETE),
+    Move.MICRO_BATCH: _refused_when(
+        PERTURBED=_FINISH,
+        INSIDE=_LEAVE,
+        READY="call step() first, or restore() to give the step up",
+    ),
+    Move.RESTORE: _refused_when(INSIDE=_LEAVE),
+    Move.STATE_DICT: _refused_when(PERTURBED=_FINISH, INSIDE=_LEAVE, ACCUMULATED=_COMPLETE),
+    Move.LOAD_STATE_DICT: _refused_when(PERTURBED=_FINISH, INSIDE=_LEAVE, ACCUMULATED=_COMPLETE),
+    Move.ZERO_GRAD: _refused_when(),
+    Move.ADD_PARAM_GROUP: _refused_when(PERTURBED=_FINISH, INSIDE=_LEAVE, ACCUMULATED=_COMPLETE),
+    Move.RELEASE_BUFFERS: _refused_when(PERTURBED=_FINISH, INSIDE=_LEAVE, ACCUMULATED=_COMPLETE),
 }
 
 _WHERE = {
     State.CLEAN: "nothing was perturbed since the last step",
-    State.READY: "a perturbed() block was left and its step has not been taken",
+    State.READY: "a perturbed() or micro_batch() block was left and its step has not been taken",
+    State.ACCUMULATED: "micro-batches have been added up and their step has not been taken",
     State.PERTURBED: "the weights are perturbed",
     State.INSIDE: "the weights are perturbed",
 }
+
+
+SETTINGS = ("enabled", "backend", "track_perturbation", "max_grad_norm", "same_dropout", "capturable", "model")
 
 
 @dataclass
@@ -82,16 +98,29 @@ class Control:
     enabled: bool = True
     backend: str | None = None
     track_perturbation: bool = False
+    max_grad_norm: float | Tensor | None = None
+    same_dropout: bool = False
+    capturable: bool = False
+    model: Any = None
     state: State = State.CLEAN
     clean_loss: Any = None
     perturbed_loss: Any = None
     perturbation: Any = None
+    grad_norm: Tensor | None = None  # of the last step's gradient, before it was clipped
+    overflows: Tensor | None = None  # first passes whose norm was not finite, counted where the norm is
     # The gradients that the last step left on the parameters. Weak: they must not keep a gradient alive.
     left: list[weakref.ref[Tensor] | None] = field(default_factory=list)
     left_versions: list[int] = field(default_factory=list)
     # Whether anybody has asked SAM for its parameter groups since the second pass began, as GradScaler.unscale_ does.
     groups_read: bool = False
+    # What surrounds the second pass: the model's running statistics, the first pass's random numbers.
+    statistics: Any = None
+    randomness: Any = None
     warned: bool = False  # that there was no gradient at all
+
+    def settings(self) -> dict[str, Any]:
+        """What the constructor was told and may have been changed since: all that outlives a pickle."""
+        return {name: getattr(self, name) for name in SETTINGS}
 
     def remember(self, grads: list[Tensor | None]) -> None:
         """These gradients may be cleared by the next step: nothing is lost with them."""

@@ -8,7 +8,8 @@ import torch
 from sam_fused import ops
 from sam_fused.ops import functional, native
 from sam_fused.ops.dtypes import CODES
-from sam_fused.ops.prepared import Factors, HyperTable, TensorSet
+from sam_fused.ops.hyper import HyperTable
+from sam_fused.ops.prepared import Factors, TensorSet
 from sam_fused.ops.rows import ROW_WORDS
 from tests.devices import default
 from tests.ops.cases import CASES, FITTING, STORAGES, WIDEST
@@ -238,7 +239,7 @@ def test_the_default_dtype_and_device_are_nobodys_business(dtype, backend):
         with torch.device("meta"):
             w, backup, grad = (torch.ones(4, dtype=torch.float32, device=here) for _ in range(3))
             tensors = TensorSet([w], [backup], backend=backend)
-            hyper = HyperTable().update([[0.5, 0.0]])
+            hyper = HyperTable().update([[0.5, 0.0]]).on(torch.device("cpu"))
             norm, found_inf = tensors.grad_norm(tensors.checked([grad]))
             assert norm.dtype == found_inf.dtype == torch.float32 and norm.device == here
             assert float(norm) == 2 and float(found_inf) == 0

@@ -1,13 +1,10 @@
 """The clean weights come back bit for bit: whatever is thrown, whichever gradients are missing, zero or not finite."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-import sam_fused
 from sam_fused import SAM
 from sam_fused.optim.state import State
 from tests.optim.helpers import (
@@ -21,6 +18,7 @@ from tests.optim.helpers import (
     snapshot_state,
     take_step,
 )
+from tests.optim.interrupts import interrupted_everywhere
 
 BASES = {
     "SGD": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
@@ -365,58 +363,6 @@ def test_gradients_of_another_device_or_dtype_are_refused_before_anything_moves(
             move()
         assert_same_bits([v, w], before)
         assert optimizer._control.state is State.CLEAN
-
-
-# An interrupt may come between any two lines. The line where it comes is chosen by a trace function.
-
-_PACKAGE = Path(sam_fused.__file__).parent
-_TRACED = tuple(str(path) for path in ((_PACKAGE / "optim"), (_PACKAGE / "ops" / "prepared.py")))
-
-
-class Interrupt:
-    """Raises KeyboardInterrupt at the n-th line of the optimizer layer or the prepared sets."""
-
-    def __init__(self, number):
-        self.number, self.count, self.where = number, 0, None
-
-    def _trace(self, frame, event, _):
-        if not frame.f_code.co_filename.startswith(_TRACED):
-            return None
-        if event == "line":
-            self.count += 1
-            if self.count == self.number:
-                self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-                raise KeyboardInterrupt
-        return self._trace
-
-    def during(self, action):
-        """Whether the action was interrupted."""
-        before = sys.gettrace()
-        sys.settrace(self._trace)
-        try:
-            action()
-        except KeyboardInterrupt:
-            return True
-        finally:
-            sys.settrace(before)
-            torch.set_grad_enabled(True)  # an interrupt on leaving no_grad leaves it on
-        return False
-
-
-def interrupted_everywhere(prepare):
-    """For every line n: ``prepare()`` gives the action to interrupt and a check that takes the place of the interrupt."""
-    number, problems = 0, []
-    while True:
-        number += 1
-        action, check = prepare()
-        interrupt = Interrupt(number)
-        if not interrupt.during(action):
-            assert number > 20
-            break
-        problem = check()
-        if problem:
-            problems.append(f"{interrupt.where}: {problem}")
-    assert not problems, sorted(set(problems))
 
 
 def _two_params(backend, base):

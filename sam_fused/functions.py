@@ -1,0 +1,337 @@
+"""SAM's moves without an optimizer: any tensors are moved along any gradients, and come back bit for bit.
+
+The arithmetic is the optimizer's (``sam_fused.ops.functional.perturb_``), on the same backends. What has moved is held by a
+``_Moved``, which stays until it is put back; the caller's ``Perturbation`` is a handle on it, and may be lost.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Iterable, Sequence
+from itertools import count
+from numbers import Real
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from .ops import backends, checks
+from .ops.fingerprint import PLAIN_TYPES
+from .ops.functional import combined_norm
+from .ops.prepared import TensorSet
+
+
+class Perturbation:
+    """Tensors at ``w + e``, from ``perturb`` to ``restore``: as a context manager, which restores on the way out, or by hand.
+
+    What is written into the tensors in between is lost: take optimizer steps after restoring. When the last reference to it
+    goes while the tensors are perturbed, they are restored, and a RuntimeWarning says so.
+
+    Attributes:
+        norm: what e was divided by, a 0-dim tensor.
+    """
+
+    def __init__(self, norm: Tensor, moved: _Moved) -> None:
+        self.norm = norm
+        self._moved = moved
+        self._entered = False
+        # Not __del__: the interpreter's exit, where nobody can look at weights any more, would call that one, too.
+        self._finalizer = weakref.finalize(self, moved.let_go)
+        self._finalizer.atexit = False
+
+    @property
+    def is_perturbed(self) -> bool:
+        """True until the tensors are restored, also where nothing moved because there was no gradient or a zero one."""
+        return self._moved.is_perturbed
+
+    def restore(self) -> None:
+        """The tensors are what they were, bit for bit and in place. Does nothing the second time.
+
+        Raises:
+            RuntimeError: a later perturbation of the same memory has not been restored; nothing is written then.
+        """
+        self._moved.restore()
+
+    def __enter__(self) -> Perturbation:
+        if self._entered or not self.is_perturbed:
+            raise RuntimeError(
+                "with: expected a perturbation that was neither entered nor restored, got a used one: call perturb() again."
+            )
+        self._entered = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if kind is None:
+            self._moved.restore()
+        else:
+            self._moved.unwind()
+
+
+def perturb(
+    tensors: Iterable[Tensor],
+    grads: Iterable[Tensor | None] | None = None,
+    rho: float | Tensor = 0.05,
+    *,
+    adaptive: bool = False,
+    perturb_eps: float | Tensor = 1e-12,
+    norm: Tensor | None = None,
+    backend: str | None = None,
+) -> Perturbation:
+    """Moves the tensors to ``w + e`` at once, ``e = rho g / (norm + perturb_eps)``: the numbers of ``sam_fused.SAM``.
+
+    Example:
+        >>> w = torch.tensor([3.0, 1.0], requires_grad=True)
+        >>> def loss():
+        ...     return (torch.tensor([0.5, 2.0]) * w * w).sum()
+        >>> with perturb([w], torch.autograd.grad(loss(), [w]), rho=0.5):  # w is (3.3, 1.4) inside
+        ...     sharp = torch.autograd.grad(loss(), [w])
+
+    Every call allocates its backup, and ``restore`` frees it; ``sam_fused.SAM`` keeps its own and is faster.
+
+    Args:
+        tensors: parameters or plain tensors: leaves, or without ``requires_grad``. Dtypes and devices may be mixed.
+        grads: one per tensor, of its shape and on its device; a tensor with None stays where it is. Left out, they are the
+            tensors' ``.grad``. Where there is none at all nothing moves, and the norm is 0.
+        rho: the length of e, finite and >= 0. A number, or a 0-dim tensor on the CPU.
+        adaptive: ASAM: ``e = rho w^2 g / (norm + perturb_eps)``, and the norm is that of ``|w| g``.
+        perturb_eps: added to the norm.
+        norm: divided by instead of the norm of all these gradients, over all devices together: a tensor of one element, fp32 or
+            fp64. Where a norm is zero or not finite nothing moves.
+        backend: as for ``sam_fused.SAM``.
+
+    Raises:
+        TypeError, ValueError: bad input.
+        RuntimeError: a CUDA graph is being captured.
+
+    Whatever is raised, no tensor has moved.
+    """
+    row = [_number(rho, "rho", "0.05"), _number(perturb_eps, "perturb_eps", "1e-12")]
+    hyper = torch.tensor([row], dtype=torch.float64, device="cpu")
+    backends.check_name(backend)
+    moving, directions = _with_gradients(_listed(tensors, "tensors"), grads)
+    checks.refuse_shared_memory(moving)
+    _refuse_capture(moving, "perturb()")
+    sets, picked = [], []
+    for name, indices in _by_device_and_backend(moving, backend):
+        sets.append(_prepared([moving[i] for i in indices], [directions[i] for i in indices], name, adaptive))
+        picked.append(sets[-1].checked([directions[i] for i in indices]))
+    if norm is not None:
+        norm = _given(norm)
+    elif sets:
+        norm = combined_norm([members.grad_norm(chosen)[0] for members, chosen in zip(sets, picked, strict=True)])
+    else:
+        norm = torch.zeros((), dtype=torch.float32, device="cpu")
+    moved = _Moved(sets)
+    try:
+        perturbation = Perturbation(norm, moved)
+        for members, chosen in zip(sets, picked, strict=True):
+            members.perturb_(chosen, norm.to(members.params[0].device), hyper)
+    except BaseException:
+        moved.unwind()
+        raise
+    return perturbation
+
+
+def restore(perturbation: Perturbation) -> None:
+    """``perturbation.restore()``."""
+    if not isinstance(perturbation, Perturbation):
+        raise TypeError(
+            f"perturbation: expected what perturb() returned, got {type(perturbation).__name__}: keep its result for restore()."
+        )
+    perturbation.restore()
+
+
+# ---- what has moved --------------------------------------------------------------------------------------------------
+
+_serials = count()
+
+# The oldest first. Strong: backups live here until they are put back, whatever becomes of the handles.
+_perturbed: dict[int, _Moved] = {}
+
+
+class _Moved:
+    """Tensors that one call moved, with their backups, and the later calls that moved any of their memory again."""
+
+    def __init__(self, sets: list[TensorSet]) -> None:
+        self.is_perturbed = True
+        self._sets = sets
+        self._tensors = [tensor for members in sets for tensor in members.params]
+        devices = {tensor.device for tensor in self._tensors if tensor.is_cuda}
+        self._streams = [torch.cuda.current_stream(device) for device in devices]
+        self._above: list[_Moved] = []
+        self._handle_is_lost = False
+        self._serial = next(_serials)
+        for other in list(_perturbed.values()):
+            if _overlap(other._tensors, self._tensors):
+                other._above.append(self)
+        _perturbed[self._serial] = self
+
+    def restore(self) -> None:
+        if self.is_perturbed and self._above:
+            raise RuntimeError(
+                f"restore(): expected later perturbations of the same tensors to be restored before this one, got "
+                f"{len(self._above)} that still hold: restore in reverse order, or nest with blocks."
+            )
+        self._put_back()
+
+    def unwind(self) -> None:
+        """Restores this and, before it, whatever was perturbed on top of it: an error leaves nobody to do it in order."""
+        for later in reversed(self._above[:]):
+            later.unwind()
+        self._put_back()
+
+    def let_go(self) -> None:
+        """The handle is gone: restores now or, if later perturbations hold, after the last of them."""
+        if not self.is_perturbed:
+            return
+        anything_moved = bool(self._sets)
+        self._handle_is_lost = True
+        if not self._above:
+            self._put_back()
+        if anything_moved:
+            warnings.warn(
+                "perturb(): expected its result to be kept until restore(), or to be entered by with, got it dropped while the "
+                "tensors were perturbed: they are restored.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def _put_back(self) -> None:
+        if not self.is_perturbed:
+            return
+        _refuse_capture(self._tensors, "restore()")
+        others = [(made, now) for made in self._streams if (now := torch.cuda.current_stream(made.device)) != made]
+        for made, now in others:
+            now.wait_stream(made)
+        for members in self._sets:
+            if members.is_perturbed:
+                try:
+                    members.restore_()
+                except Exception:  # changed while perturbed, say by model.half()
+                    members.restore_converted_()
+        for made, now in others:
+            made.wait_stream(now)  # the backups' memory is given out again in the order of the stream they were made on
+        _perturbed.pop(self._serial, None)
+        self._sets, self._tensors = [], []
+        self.is_perturbed = False
+        for below in reversed(list(_perturbed.values())):
+            if self in below._above:
+                below._above.remove(self)
+                if below._handle_is_lost and not below._above:
+                    below._put_back()
+
+
+def _overlap(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Whether a tensor is in both lists, or memory under both. Gaps in a tensor count as its own: they may interleave."""
+    if not set(map(id, first)).isdisjoint(map(id, second)):
+        return True
+    spans = [(*span, owner) for owner, tensors in enumerate((first, second)) for span in map(_span, tensors) if span]
+    reached: dict[tuple[str, int], int] = {}
+    for device, start, end, owner in sorted(spans):
+        if start < reached.get((device, 1 - owner), 0):
+            return True
+        reached[device, owner] = max(reached.get((device, owner), 0), end)
+    return False
+
+
+def _span(tensor: Tensor) -> tuple[str, int, int] | None:
+    """The device and the first and last address of the tensor's memory, if it has any that is its alone to describe."""
+    if type(tensor) not in PLAIN_TYPES or not tensor.numel():
+        return None
+    last = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
+    return str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _number(value: object, name: str, example: str) -> float:
+    of_one_element = isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex()
+    if not isinstance(value, Real) and not of_one_element:
+        raise TypeError(f"{name}: expected a number or a 0-dim tensor, got {type(value).__name__}: use for example {example}.")
+    if isinstance(value, Tensor) and not value.is_cpu:
+        raise ValueError(
+            f"{name}: expected a tensor on the CPU, got one on {value.device} that would be waited for: pass a number."
+        )
+    number = float(value)  # type: ignore[arg-type]
+    if not math.isfinite(number) or number < 0:
+        raise ValueError(f"{name}: expected a finite number >= 0, got {number}: use for example {example}.")
+    return number
+
+
+def _given(norm: Tensor) -> Tensor:
+    checks.check_scalar(norm, "norm")
+    if norm.is_cpu and norm < 0:
+        raise ValueError(f"norm: expected a norm, >= 0, got {float(norm)}: pass the norm of the gradients.")
+    return norm.detach().reshape(())
+
+
+def _listed(tensors: Iterable[Tensor], name: str) -> list[Tensor]:
+    if isinstance(tensors, Tensor):
+        raise TypeError(f"{name}: expected a list of tensors, got a single one: pass [tensor].")
+    return list(tensors)
+
+
+def _with_gradients(tensors: list[Tensor], grads: Iterable[Tensor | None] | None) -> tuple[list[Tensor], list[Tensor]]:
+    """Those tensors that have a gradient, and the gradients. Everything that was given is checked."""
+    for index, tensor in enumerate(tensors):
+        checks.check_tensor(tensor, f"tensors[{index}]")
+        if tensor.requires_grad and not tensor.is_leaf:
+            raise ValueError(
+                f"tensors[{index}]: expected a leaf or a tensor without requires_grad, got the result of an operation: pass "
+                "the tensors that it was computed from."
+            )
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.size(), strict=True)):
+            raise ValueError(f"tensors[{index}]: expected memory for every element, got an expanded tensor: clone it first.")
+    if len(set(map(id, tensors))) != len(tensors):
+        raise ValueError(
+            f"tensors: expected each tensor once, got {len(tensors) - len(set(map(id, tensors)))} more than once: drop the "
+            "duplicates, for example with dict.fromkeys(tensors)."
+        )
+    given = [tensor.grad for tensor in tensors] if grads is None else list(_listed(grads, "grads"))  # type: ignore[arg-type]
+    if len(given) != len(tensors):
+        raise ValueError(f"grads: expected {len(tensors)}, one per tensor, got {len(given)}: pass None where there is none.")
+    pairs = []
+    for index, (tensor, grad) in enumerate(zip(tensors, given, strict=True)):
+        if grad is None:
+            continue
+        checks.check_tensor(grad, f"grads[{index}]")
+        if grad.size() != tensor.size() or grad.device != tensor.device:
+            raise ValueError(
+                f"grads[{index}]: expected {tuple(tensor.size())} on {tensor.device} as its tensor, got {tuple(grad.size())} "
+                f"on {grad.device}: pass the gradient that belongs to this tensor."
+            )
+        pairs.append((tensor, grad))
+    return [tensor for tensor, _ in pairs], [grad for _, grad in pairs]
+
+
+def _by_device_and_backend(tensors: list[Tensor], forced: str | None) -> list[tuple[str, list[int]]]:
+    parts: dict[tuple[torch.device, str], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        # A subclass's memory is not its alone: torch's own calls know what to do with it.
+        own_memory = type(tensor) in PLAIN_TYPES
+        name = backends.choose(tensor.device, forced) if own_memory or forced is not None else "foreach"
+        parts.setdefault((tensor.device, name), []).append(index)
+    return [(name, indices) for (_, name), indices in parts.items()]
+
+
+def _prepared(tensors: list[Tensor], grads: list[Tensor], backend: str, adaptive: bool) -> TensorSet:
+    with torch.inference_mode(False):  # tensors made in that mode could not be written outside of it
+        backups = [torch.empty_like(tensor.detach()) for tensor in tensors]
+    return TensorSet(
+        tensors,
+        backups,
+        backend=backend,
+        scaling=[int(adaptive)] * len(tensors),
+        grad_dtypes=[grad.dtype for grad in grads],
+    )
+
+
+def _refuse_capture(tensors: list[Tensor], move: str) -> None:
+    if any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{move}: expected to run eagerly, got a CUDA graph's capture, whose replays would find the backups gone: capture "
+            "steps of sam_fused.SAM, which keeps its own."
+        )

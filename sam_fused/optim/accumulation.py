@@ -1,0 +1,168 @@
+"""What the micro-batches of a step add up to: ``sum_k weight_k g_k`` in fp32 (fp64 for fp64 parameters)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import repeat
+from operator import attrgetter, is_, is_not
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam_fused.ops.dtypes import arithmetic_dtype
+from sam_fused.ops.prepared import TensorSet
+
+from .ascent import Ascent, Part, partition
+from .buffers import FlatBuffers
+from .state import Control
+
+_version_of = attrgetter("_version")
+_dtype_of = attrgetter("dtype")
+
+# Patterns of missing gradients that are remembered, and weights that are kept as tensors.
+_REMEMBERED = 8
+_WEIGHTS = 64
+
+# How far from 1 the weights of a step's micro-batches may add up to: rounding, and no more.
+TOLERANCE = 1e-6
+
+
+class Accumulation:
+    """The accumulators of a step, one for each parameter that any of its micro-batches has a gradient for.
+
+    They are one flat buffer per device, allocated at first use and kept, which nothing zeroes: the first micro-batch writes.
+    """
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._buffers = FlatBuffers(arithmetic_dtype)
+        self._params: list[Tensor] = []
+        self._known: dict[Any, list[Part]] = {}
+        self._weights: OrderedDict[tuple[float, torch.device], Tensor] = OrderedDict()
+        self._holds: list[bool] = []
+        self._exposed: list[tuple[Tensor, int] | None] = []
+        self.count = 0
+        self.weight = 0.0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the micro-batches so far are a whole batch."""
+        return abs(self.weight - 1) <= TOLERANCE
+
+    def reset(self) -> None:
+        """Nothing has been added up."""
+        self.count, self.weight, self._holds, self._exposed = 0, 0.0, [], []
+
+    def weight_on(self, weight: float, device: torch.device) -> Tensor:
+        """The weight as the scalar tensor that kernels read: filled there, which waits for nothing."""
+        tensor = self._weights.get((weight, device))
+        if tensor is None:
+            dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32  # which others may not have
+            tensor = self._weights[weight, device] = torch.full((), weight, dtype=dtype, device=device)
+            if len(self._weights) > _WEIGHTS:
+                self._weights.popitem(last=False)
+        return tensor
+
+    def add(self, ascent: Ascent, params: list[Tensor], grads: list[Tensor | None], weight: float) -> None:
+        """``w = backup; accumulator += weight g`` for every parameter with a gradient; the other perturbed ones are restored.
+
+        If anything is thrown, some accumulators may hold this micro-batch and others not: the step is to be given up.
+        """
+        parts = self._parts(ascent, params, grads)
+        checked = [part.tensors.checked(part.pick(grads)) for part in parts]
+        ascending = ascent.perturbed_parts()
+        holds = self._holds or [False] * len(params)
+        for part, chosen in zip(parts, checked, strict=True):
+            late = part.pick(holds)
+            fresh = not any(late)
+            if not fresh and not all(late):
+                for accumulator, holding in zip(part.tensors.accumulators, late, strict=True):
+                    if not holding:
+                        accumulator.zero_()
+            part.tensors.restore_accumulate_(chosen, self.weight_on(weight, part.device), fresh)
+        adding = {id(param) for part in parts for param in part.tensors.params}
+        for ascended in ascending:
+            if not adding.issuperset(map(id, ascended.tensors.params)):
+                ascended.tensors.restore_()
+            ascended.tensors.perturbed.zero_()
+        self._holds = [holding or grad is not None for holding, grad in zip(holds, grads, strict=True)]
+        self.count += 1
+        self.weight += weight
+
+    def covers(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether exactly the parameters that hold something have a gradient: then the last pass can do the last addition."""
+        return self._holds == list(map(is_not, grads, repeat(None)))
+
+    def accumulators(self, params: list[Tensor]) -> list[Tensor | None]:
+        """The sums, None where no micro-batch had a gradient."""
+        holding = [param for param, holds in zip(params, self._holds, strict=True) if holds]
+        views = iter(self._buffers.views(holding))
+        return [next(views) if holds else None for holds in self._holds]
+
+    # ---- as gradients --------------------------------------------------------------------------------------------------------
+
+    def expose(self, params: list[Tensor]) -> None:
+        """Makes the sums the parameters' ``.grad``, in the parameters' dtype: for base optimizers, clipping, scalers, logs."""
+        sums = self.accumulators(params)
+        for param, total in zip(params, sums, strict=True):
+            param.grad = total if total is None or total.dtype == param.dtype else total.to(param.dtype)
+        grads = [param.grad for param in params]
+        self._exposed = [None if grad is None else (grad, grad._version) for grad in grads]
+
+    def gradients(self, params: list[Tensor], unscaled: bool) -> list[Tensor | None]:
+        """The step's gradients: what ``.grad`` holds, or, where nobody has written there, the sum that it was rounded from.
+
+        ``unscaled``: by a scaler, which leaves no trace in version counters.
+        """
+        grads = [param.grad for param in params]
+        if unscaled or len(self._exposed) != len(params):
+            return grads
+        sums = self.accumulators(params)
+        return [
+            total if seen is not None and grad is seen[0] and grad._version == seen[1] else grad
+            for grad, seen, total in zip(grads, self._exposed, sums, strict=True)
+        ]
+
+    # ---- sets ----------------------------------------------------------------------------------------------------------------
+
+    def _parts(self, ascent: Ascent, params: list[Tensor], grads: list[Tensor | None]) -> list[Part]:
+        if len(params) != len(self._params) or not all(map(is_, params, self._params)):
+            self._known.clear()
+            self._params = list(params)
+            self._buffers.keep(params)
+        complete = all(map(is_not, grads, repeat(None)))
+        perturbed = tuple(part.serial for part in ascent.perturbed_parts())
+        key = (perturbed, None if complete else tuple(grad is None for grad in grads))
+        parts = self._known.get(key)
+        if parts is None or not all(part.tensors.is_current() for part in parts):
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            parts = self._known[key] = self._build(ascent, params, grads)
+        return parts
+
+    def _build(self, ascent: Ascent, params: list[Tensor], grads: list[Tensor | None]) -> list[Part]:
+        present = [index for index, grad in enumerate(grads) if grad is not None]
+        # All at once, so that they share a buffer.
+        sums = dict(zip(present, self._buffers.views([params[index] for index in present]), strict=True))
+        parts = []
+        for (_, backend), chosen in partition(params, present, self._control.backend).items():
+            members = [params[index] for index in chosen]
+            backups, cell = ascent.restoring(members)
+            tensors = TensorSet(
+                members, backups, backend=backend, accumulators=[sums[index] for index in chosen], perturbed=cell
+            )
+            parts.append(Part(tensors, chosen, len(params)))
+        return parts
+
+    @property
+    def nbytes(self) -> int:
+        return self._buffers.nbytes
+
+    def release(self) -> None:
+        self.reset()
+        self._known.clear()
+        self._params = []
+        self._weights.clear()
+        self._buffers.release()

@@ -1,0 +1,75 @@
+"""Cutting a batch into micro-batches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def micro_batches(batch: tuple[Any, ...], count: int) -> list[tuple[tuple[Any, ...], int]]:
+    """``count`` tuples of arguments and how many samples each has: sizes differ by one at most, the larger ones come first.
+
+    Tensors are cut along their first dimension, in nested lists, tuples and dicts too; views, no copies. Everything else,
+    tensors without dimensions included, goes into each micro-batch as it is.
+
+    Raises:
+        ValueError: no tensor to cut, tensors that differ in the number of samples, fewer samples than micro-batches.
+    """
+    sizes: list[tuple[str, int]] = []
+    for index, argument in enumerate(batch):
+        _collect(argument, f"argument {index}", sizes)
+    if not sizes:
+        raise ValueError(
+            "step(closure, *batch): expected tensors whose first dimension is the batch, got none: pass the inputs and "
+            "targets, or cut the batch yourself and use micro_batch()."
+        )
+    (first, samples), *rest = sizes
+    for name, other in rest:
+        if other != samples:
+            raise ValueError(
+                f"step(closure, *batch): expected the same number of samples in every tensor, got {samples} in {first} and "
+                f"{other} in {name}: make their first dimensions agree, or cut the batch yourself and use micro_batch()."
+            )
+    if samples < count:
+        raise ValueError(
+            f"step(closure, *batch): expected at least as many samples as the {count} micro-batches, got {samples}: pass "
+            "larger batches, or set num_micro_batches lower."
+        )
+    small, larger = divmod(samples, count)
+    found, begin = [], 0
+    for index in range(count):
+        size = small + (index < larger)
+        found.append((tuple(_cut(argument, begin, size) for argument in batch), size))
+        begin += size
+    return found
+
+
+def _collect(value: Any, name: str, sizes: list[tuple[str, int]]) -> None:
+    if isinstance(value, Tensor):
+        if value.dim():
+            sizes.append((name, value.size(0)))
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            _collect(entry, f"{name}[{key!r}]", sizes)
+    elif isinstance(value, (list, tuple)):
+        for index, entry in enumerate(value):
+            _collect(entry, f"{name}[{index}]", sizes)
+
+
+def _cut(value: Any, begin: int, size: int) -> Any:
+    if isinstance(value, Tensor):
+        return value.narrow(0, begin, size) if value.dim() else value
+    if isinstance(value, Mapping):
+        cut = copy.copy(value)  # keeps the type: tokenizers return mappings with attributes
+        for key, entry in value.items():
+            cut[key] = _cut(entry, begin, size)  # type: ignore[index]
+        return cut
+    if isinstance(value, tuple):
+        entries = [_cut(entry, begin, size) for entry in value]
+        return type(value)(*entries) if hasattr(value, "_fields") else tuple(entries)
+    if isinstance(value, list):
+        return [_cut(entry, begin, size) for entry in value]
+    return value

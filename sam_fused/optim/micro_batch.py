@@ -1,0 +1,329 @@
+"""Micro-batch SAM: one perturbation per micro-batch, one base step per batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import repeat
+from numbers import Real
+from operator import is_not
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import batches, groups
+from .accumulation import TOLERANCE, Accumulation
+from .closures import detached, evaluate
+from .descent import Final
+from .sam import SAM, grad_of
+from .state import Control, Move, State
+
+
+class MicroBatchSAM(SAM):
+    r"""Micro-batch SAM (mSAM) [2212.04343, 2302.09693] around any ``torch.optim`` optimizer.
+
+    .. math::
+        w \leftarrow \mathrm{base}\Big(w, \sum_k \tfrac{|S_k|}{|B|} \nabla L_{S_k}(w + e_k)\Big), \qquad
+        e_k = \rho \, g_k / (\lVert g_k \rVert_2 + \epsilon), \quad g_k = \nabla L_{S_k}(w)
+
+    for a batch B cut into micro-batches :math:`S_k`, with the mean loss of each: every micro-batch has a perturbation of its
+    own, the base optimizer sees one gradient. With one micro-batch it is SAM, with as many as samples it is one perturbation
+    per sample. Memory for activations is a micro-batch's; the optimizer holds a backup and an accumulator, however many.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = MicroBatchSAM(model.parameters(), torch.optim.SGD, num_micro_batches=4, lr=0.1)
+        >>> def closure(x, y):
+        ...     loss = torch.nn.functional.mse_loss(model(x), y)
+        ...     loss.backward()
+        ...     return loss
+        >>> loss = optimizer.step(closure, torch.randn(8, 3), torch.randn(8, 1))
+
+    Or by hand, in any loop:
+        >>> for x, y in zip(torch.randn(4, 2, 3), torch.randn(4, 2, 1)):
+        ...     optimizer.zero_grad()
+        ...     torch.nn.functional.mse_loss(model(x), y).backward()
+        ...     with optimizer.micro_batch(weight=1 / 4):
+        ...         torch.nn.functional.mse_loss(model(x), y).backward()
+        >>> optimizer.step()
+
+    Args:
+        num_micro_batches: into how many ``step(closure, *batch)`` cuts a batch, >= 1; may be set between steps.
+        **kwargs: those of ``SAM``.
+
+    Raises:
+        ValueError: ``num_micro_batches`` is not a whole number above 0.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any] | Optimizer,
+        base_optimizer: type[Optimizer] | None = None,
+        rho: float = groups.DEFAULTS["rho"],
+        adaptive: bool = groups.DEFAULTS["adaptive"],
+        *,
+        num_micro_batches: int,
+        **kwargs: Any,
+    ) -> None:
+        _check_count(num_micro_batches)
+        super().__init__(params, base_optimizer, rho, adaptive, **kwargs)
+        self._num_micro_batches = num_micro_batches
+
+    def _attach(self, base: Optimizer, names: dict[str, str], values: dict[str, Any], control: Control) -> None:
+        super()._attach(base, names, values, control)
+        self._accumulation = Accumulation(control)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Into how many micro-batches ``step(closure, *batch)`` cuts a batch."""
+        return self._num_micro_batches
+
+    @num_micro_batches.setter
+    def num_micro_batches(self, value: int) -> None:
+        _check_count(value)
+        self._num_micro_batches = value
+
+    # ---- the forms of a step -----------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[..., Any] | None = None, *batch: Any) -> Any:  # type: ignore[override]
+        """Takes a step.
+
+        With a closure: cuts the tensors of ``batch`` along their first dimension, in nested lists, tuples and dicts too, and
+        for each micro-batch clears the gradients, calls ``closure(*micro_batch)`` (forward, backward, return the mean loss),
+        perturbs, clears, calls it again, restores and adds up; the last micro-batch's restore is the base step. Gradients are
+        None afterwards. Without a closure: the base step, after ``micro_batch`` blocks whose weights sum to 1.
+
+        Returns:
+            The batch's clean loss, the weighted mean of the micro-batches', detached, on its device; None without a closure.
+
+        Raises:
+            RuntimeError: not possible in the present state; a gradient is there that the first pass would drop; the closure
+                came through ``GradScaler.step``; the closure calls no ``backward``.
+            TypeError: the closure returns no scalar loss.
+            ValueError: the batch cannot be cut. The weights are clean then, and nothing was changed.
+        """
+        if closure is None:
+            return super().step()
+        try:
+            self._refuse_scaled_closure()
+            self._control.require(Move.STEP_CLOSURE)
+            if self._control.state is State.READY:
+                raise RuntimeError(
+                    f"step(closure) is not possible while {_READY}: call step() without a closure first, or restore() to give "
+                    "the step up."
+                )
+            pieces = batches.micro_batches(batch, self._num_micro_batches)
+            self._refuse_fresh_gradients()
+            return self._step_over(closure, pieces)
+        except BaseException:
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
+            raise
+
+    def _step_over(self, closure: Callable[..., Any], pieces: list[tuple[tuple[Any, ...], int]]) -> Any:
+        samples = sum(size for _, size in pieces)
+        clean_losses, perturbed_losses = [], []
+        try:
+            for number, (arguments, size) in enumerate(pieces):
+                weight = size / samples
+                self._clear_gradients()
+                if self._control.same_dropout:
+                    self.remember_randomness()
+                clean_losses.append((weight, self._pass(closure, arguments)))
+                perturbed = self._perturbed_until_error(same_step=number > 0) if self._control.enabled else nullcontext()
+                with perturbed:
+                    if self._control.enabled:
+                        perturbed_losses.append((weight, self._pass(closure, arguments)))
+                    else:
+                        self._ascent.nothing()
+                    if number == len(pieces) - 1:
+                        self._last(weight)
+                    else:
+                        self._add(weight)
+        except BaseException:
+            self._give_up()
+            self._clear_gradients()  # half a batch's: nobody's to keep
+            raise
+        clean = _weighted_mean(clean_losses)
+        self._control.clean_loss = clean if perturbed_losses else None
+        self._control.perturbed_loss = _weighted_mean(perturbed_losses) if perturbed_losses else None
+        return clean
+
+    def _pass(self, closure: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        """One evaluation of the closure on a micro-batch, with what it has to leave behind checked."""
+        before = self._control.state
+        loss = evaluate(lambda: closure(*arguments))
+        if self._control.state is not before:
+            raise RuntimeError(
+                "step(closure, *batch): expected a closure that only evaluates, got one that takes steps by itself: leave "
+                "perturbing to step(closure, *batch), or run both passes by hand with micro_batch()."
+            )
+        is_scalar = isinstance(loss, Tensor) and loss.numel() == 1
+        if not is_scalar and (isinstance(loss, bool) or not isinstance(loss, Real)):
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(
+                "step(closure, *batch): expected a closure that returns the micro-batch's mean loss, a scalar, got "
+                f"{got}: return it."
+            )
+        if not self._has_gradients():
+            raise RuntimeError(
+                "step(closure, *batch): expected a closure that calls backward(), got no gradient on any parameter: call "
+                "loss.backward() in it, before it returns the loss."
+            )
+        return detached(loss)
+
+    @contextmanager
+    def micro_batch(self, weight: float | None = None) -> Iterator[None]:
+        """The second pass of one micro-batch by hand: on entry the weights move to ``w + e`` along the gradients that are
+        there, which become None; on the way out the weights are restored bit for bit and ``weight`` times the gradient is added
+        up. Gradients are None afterwards. When the weights of all micro-batches sum to 1, ``.grad`` is the step's gradient: clip
+        it, unscale it, look at it, and call ``step()``.
+
+        An exception gives the whole step up: the weights are clean and nothing is added up any more.
+
+        Args:
+            weight: the micro-batch's share of the batch, ``|S_k| / |B|``, for the mean loss of each; default
+                ``1 / num_micro_batches``.
+
+        Raises:
+            RuntimeError: the weights are perturbed already; all micro-batches have been run and ``step()`` was not called.
+            ValueError: the weight is not above 0, or brings the sum above 1.
+        """
+        weight = 1 / self._num_micro_batches if weight is None else weight
+        self._control.require(Move.MICRO_BATCH)
+        self._check_weight(weight)
+        try:
+            with self._perturbed_until_error(same_step=self._accumulation.count > 0):
+                self._control.groups_read = False
+                yield
+                if not self._has_gradients():
+                    raise RuntimeError(
+                        "micro_batch(): expected the second pass inside the block, got no gradient on any parameter: run "
+                        "forward and backward() of the micro-batch in it."
+                    )
+                self._add(float(weight))
+            self._clear_gradients()
+            if self._accumulation.is_complete:
+                self._accumulation.expose(self._params())
+                self._control.state = State.READY
+        except BaseException:
+            self._give_up()
+            raise
+
+    def perturbed(self) -> Any:
+        """SAM's second pass over a whole batch; only with ``num_micro_batches=1``, where it is ``micro_batch``'s.
+
+        Raises:
+            RuntimeError: there are several micro-batches.
+        """
+        self._refuse_whole_batches("perturbed()")
+        return super().perturbed()
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """``SAM.first_step``; only with ``num_micro_batches=1``.
+
+        Raises:
+            RuntimeError: there are several micro-batches.
+        """
+        self._refuse_whole_batches("first_step()")
+        super().first_step(zero_grad)
+
+    # ---- the moves ---------------------------------------------------------------------------------------------------
+
+    def _add(self, weight: float) -> None:
+        """The end of a micro-batch: restored, and added up."""
+        params = self._params()
+        self._accumulation.add(self._ascent, params, list(map(grad_of, params)), weight)
+        self._ascent.note_clean()
+        self._settle(State.ACCUMULATED)
+
+    def _last(self, weight: float) -> None:
+        """The end of the last micro-batch: the base step, in one pass with the restore where that can be."""
+        accumulation, params = self._accumulation, self._params()
+        grads = list(map(grad_of, params))
+        if accumulation.count == 0:
+            self._base_step()
+        elif accumulation.covers(grads) and self._descent.is_fused(self.base_optimizer, params):
+            share = partial(accumulation.weight_on, weight)
+            self._base_step(Final(grads, accumulators=accumulation.accumulators(params), weight=share))
+        else:
+            self._add(weight)
+            accumulation.expose(params)
+            self._base_step(Final(accumulation.gradients(params, unscaled=False), wide=True))
+        self._clear_gradients()
+
+    def _base_step(self, final: Final | None = None) -> None:
+        if final is None and self._accumulation.count:
+            scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+            unscaled = scale is None and found_inf is not None
+            grads = self._accumulation.gradients(self._params(), unscaled)
+            wide = any(g is not None and g.dtype != p.dtype for g, p in zip(grads, self._params(), strict=True))
+            final = Final(grads, wide=wide, grad_scale=scale, found_inf=found_inf)
+        super()._base_step(final)
+
+    def _settle(self, state: State) -> None:
+        super()._settle(state)
+        if state is State.CLEAN:  # a step was taken or given up
+            self._accumulation.reset()
+
+    def _has_gradients(self) -> bool:
+        return any(map(is_not, map(grad_of, self._params()), repeat(None)))
+
+    # ---- refusals ----------------------------------------------------------------------------------------------------
+
+    def _check_weight(self, weight: Any) -> None:
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight) or not float(weight) > 0:
+            raise ValueError(
+                f"micro_batch(weight=): expected the micro-batch's share of the batch, a number above 0, got {weight!r}: pass "
+                "len(micro_batch) / len(batch)."
+            )
+        total = self._accumulation.weight + float(weight)
+        if total > 1 + TOLERANCE:
+            raise ValueError(
+                f"micro_batch(weight=): expected weights that sum to 1 over a batch, got {total:.6g} with this one: pass "
+                "len(micro_batch) / len(batch), and losses that are means over their micro-batch."
+            )
+
+    def _refuse_whole_batches(self, move: str) -> None:
+        if self._num_micro_batches > 1:
+            raise RuntimeError(
+                f"{move}: expected micro_batch() because there are {self._num_micro_batches} micro-batches, got a form for "
+                "whole batches: use `with optimizer.micro_batch(weight=...)`, step(closure, *batch), or SAM."
+            )
+
+    # ---- torch.optim's interface ---------------------------------------------------------------------------------------
+
+    def release_buffers(self) -> None:
+        super().release_buffers()
+        self._accumulation.release()
+
+    @property
+    def buffer_bytes(self) -> int:
+        return self._ascent.buffer_bytes + self._accumulation.nbytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "num_micro_batches": self._num_micro_batches}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "num_micro_batches" in state:
+            self._num_micro_batches = state["num_micro_batches"]
+
+
+_READY = "micro-batches have been added up and their step has not been taken"
+
+
+def _check_count(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"num_micro_batches: expected a whole number above 0, got {value!r}: 1 is SAM, 8 cuts a batch into 8.")
+
+
+def _weighted_mean(losses: list[tuple[float, Any]]) -> Any:
+    """On the losses' device: nothing waits for it."""
+    if all(isinstance(loss, Tensor) for _, loss in losses):
+        return torch.stack([loss.reshape(()) * weight for weight, loss in losses]).sum()
+    return sum(float(loss) * weight for weight, loss in losses)
