@@ -1,8 +1,24 @@
 """Sharpness-Aware Minimization for PyTorch that costs the gradients and little else."""
 
+from .batch_norm import freeze_batch_norm_stats
+from .functions import Perturbation, perturb, restore
+from .graphs import GraphedStep, graphed_step
 from .ops.metrics import PerturbationMetrics
 from .optim import SAM, Losses, MicroBatchSAM, perturbed
 
 __version__ = "0.1.0"
 
-__all__ = ["SAM", "Losses", "MicroBatchSAM", "PerturbationMetrics", "__version__", "perturbed"]
+__all__ = [
+    "SAM",
+    "GraphedStep",
+    "Losses",
+    "MicroBatchSAM",
+    "Perturbation",
+    "PerturbationMetrics",
+    "__version__",
+    "freeze_batch_norm_stats",
+    "graphed_step",
+    "perturb",
+    "perturbed",
+    "restore",
+]

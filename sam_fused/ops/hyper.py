@@ -26,6 +26,14 @@ def is_known(value: object) -> bool:
     return not isinstance(value, Tensor) or value.is_cpu
 
 
+# What a captured graph reads must live as long as the graph, and nobody says when that ends.
+_read_by_graphs: list[Tensor] = []
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class _DeviceTable:
     """A table at one address on one device. Written by copies that wait for nothing, or by the device itself."""
 
@@ -36,7 +44,7 @@ class _DeviceTable:
     def update(self, floats: list[list[float]], tensors: list[tuple[int, int, Tensor]]) -> None:
         if floats != self._written:
             device = self.table.device
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if _is_capturing(device):
                 raise RuntimeError(
                     "a step in a CUDA graph: expected the hyper-parameters of the step before the capture, got others, which "
                     "the graph would take from the host for ever: take one step with them first."
@@ -69,6 +77,11 @@ class HyperTable:
         self._capturable = capturable
         return self
 
+    def refresh(self) -> None:
+        """Writes what has changed into the tables that are on devices, for the graphs that read them."""
+        for there in self._devices.values():
+            there.update(self._floats, self._tensors)
+
     def on(self, device: torch.device, *, compiled: bool = True) -> Tensor:
         """The table for an operation on ``device``: on the CPU, or there where it has to be. Python backends (``compiled``
         False) read it on the host, and wait for values that are on a device."""
@@ -77,7 +90,9 @@ class HyperTable:
             shape = (len(self._floats), len(self._floats[0]) if self._floats else 0)
             if there is None or tuple(there.table.size()) != shape:
                 there = self._devices[device] = _DeviceTable(*shape, device)
-            there.update(self._floats, [(r, c, t) for r, c, t in self._tensors])
+            there.update(self._floats, self._tensors)
+            if _is_capturing(device):
+                _read_by_graphs.append(there.table)
             return there.table
         if self._host is None:
             self._host = torch.tensor(self._floats, dtype=torch.float64, device="cpu")

@@ -29,6 +29,10 @@ _WEIGHTS = 64
 TOLERANCE = 1e-6
 
 
+# What a captured graph reads must live as long as the graph, and nobody says when that ends.
+_read_by_graphs: list[Tensor] = []
+
+
 class Accumulation:
     """The accumulators of a step, one for each parameter that any of its micro-batches has a gradient for.
 
@@ -63,6 +67,8 @@ class Accumulation:
             tensor = self._weights[weight, device] = torch.full((), weight, dtype=dtype, device=device)
             if len(self._weights) > _WEIGHTS:
                 self._weights.popitem(last=False)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            _read_by_graphs.append(tensor)
         return tensor
 
     def add(self, ascent: Ascent, params: list[Tensor], grads: list[Tensor | None], weight: float) -> None:

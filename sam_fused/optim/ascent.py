@@ -110,17 +110,7 @@ class Ascent:
         self.parts = self._parts(param_groups, params, grads, flags)
         if not self.parts:
             return
-        rows = [[number(g[names["rho"]]), number(g[names["perturb_eps"]])] for g in param_groups]
-        seen = [[id(value) if isinstance(value, Tensor) else value for value in row] for row in rows]
-        if seen != self._checked:
-            for index, group in enumerate(param_groups):
-                groups.check_group(group, names, index)
-            self._checked = seen
-        # Maximizing a function is minimizing its negative, whose gradient is the negative: so is its ascent.
-        hyper = self._hyper.update(
-            [[-rho if g.get("maximize") else rho, eps] for (rho, eps), g in zip(rows, param_groups, strict=True)],
-            capturable,
-        )
+        hyper = self._update_hyper(param_groups, capturable)
         picked = [part.tensors.checked(part.pick(grads)) for part in self.parts]
         norm = self._norm(picked)
         tables = [hyper.on(part.device, compiled=backends.is_compiled(part.tensors.backend)) for part in self.parts]
@@ -133,6 +123,24 @@ class Ascent:
         except BaseException:
             self.restore()
             raise
+
+    def _update_hyper(self, param_groups: list[dict[str, Any]], capturable: bool) -> HyperTable:
+        names = self._names
+        rows = [[number(g[names["rho"]]), number(g[names["perturb_eps"]])] for g in param_groups]
+        seen = [[id(value) if isinstance(value, Tensor) else value for value in row] for row in rows]
+        if seen != self._checked:
+            for index, group in enumerate(param_groups):
+                groups.check_group(group, names, index)
+            self._checked = seen
+        # Maximizing a function is minimizing its negative, whose gradient is the negative: so is its ascent.
+        return self._hyper.update(
+            [[-rho if g.get("maximize") else rho, eps] for (rho, eps), g in zip(rows, param_groups, strict=True)],
+            capturable,
+        )
+
+    def refresh_hyper(self, param_groups: list[dict[str, Any]]) -> None:
+        """Hyper-parameters that have changed, into the tables that captured graphs read."""
+        self._update_hyper(param_groups, True).refresh()
 
     def _norm(self, picked: list[Gradients]) -> Tensor:
         """One norm over all parts; counts, where it is, that it is not finite."""

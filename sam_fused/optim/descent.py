@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from sam_fused.ops import backends, functional
 from sam_fused.ops.dtypes import arithmetic_dtype
-from sam_fused.ops.hyper import HyperTable
+from sam_fused.ops.hyper import HyperTable, number
 from sam_fused.ops.prepared import Factors, Gradients, TensorSet
 
 from .ascent import Ascent, Part, partition
@@ -65,6 +65,7 @@ class Descent:
     def __init__(self, control: Control) -> None:
         self._control = control
         self._hyper = HyperTable()
+        self._limit = HyperTable()
         self._base: Optimizer | None = None
         self._key: Any = None
         self._parts: list[FusedPart] = []
@@ -93,7 +94,7 @@ class Descent:
             return
         table = self._hyper.update([family.hyper(group) for group in base.param_groups], is_capturable(self._control, base))
         checked = [entry.part.tensors.checked(entry.part.pick(final.grads)) for entry in self._parts]
-        factors = self._factors(checked, final)
+        factors = self._factors(base, checked, final)
         hypers = [
             table.on(entry.part.device, compiled=backends.is_compiled(entry.part.tensors.backend)) for entry in self._parts
         ]
@@ -121,7 +122,22 @@ class Descent:
         for part in ascending:
             part.tensors.perturbed.zero_()
 
-    def _factors(self, checked: list[Gradients], final: Final) -> list[Factors]:
+    def _limit_on(self, device: torch.device, base: Optimizer) -> float | Tensor:
+        limit = self._control.max_grad_norm
+        assert limit is not None
+        if not is_capturable(self._control, base):
+            return limit
+        return self._limit.update([[number(limit)]], True).on(device)[0, 0]
+
+    def refresh_hyper(self, base: Optimizer) -> None:
+        """Hyper-parameters that have changed, into the tables that captured graphs read."""
+        family, limit = fused_base(base), self._control.max_grad_norm
+        if family is not None:
+            self._hyper.update([family.hyper(group) for group in base.param_groups], True).refresh()
+        if limit is not None:
+            self._limit.update([[number(limit)]], True).refresh()
+
+    def _factors(self, base: Optimizer, checked: list[Gradients], final: Final) -> list[Factors]:
         """The scalars of the last pass, for each part on its device; the clip factor from one norm over all parts."""
         inverse = None if final.grad_scale is None else functional.inverse_scale(final.grad_scale)
         found = []
@@ -136,7 +152,7 @@ class Descent:
             for entry, chosen, factors in zip(self._parts, checked, found, strict=True)
         ]
         norm = self._control.grad_norm = functional.combined_norm(norms).clone()
-        clip = functional.clip_factor(norm, self._control.max_grad_norm)
+        clip = functional.clip_factor(norm, self._limit_on(norm.device, base))
         return [f._replace(clip=_on(entry.part.device, clip)) for entry, f in zip(self._parts, found, strict=True)]
 
     def _prepare(
@@ -180,8 +196,8 @@ class Descent:
         places: dict[tuple[torch.device, str], list[int]],
     ) -> list[FusedPart]:
         group_of: list[int] = []
-        for number, group in enumerate(base.param_groups):
-            group_of += [number] * len(group["params"])
+        for index, group in enumerate(base.param_groups):
+            group_of += [index] * len(group["params"])
         entries = []
         for (_, backend), chosen in places.items():
             members = [params[i] for i in chosen]

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from . import batches, groups
 from .accumulation import TOLERANCE, Accumulation
 from .closures import detached, evaluate
+from .compiled import not_traced
 from .descent import Final
 from .sam import SAM, grad_of
 from .state import Control, Move, State
@@ -180,8 +181,8 @@ class MicroBatchSAM(SAM):
     def micro_batch(self, weight: float | None = None) -> Iterator[None]:
         """The second pass of one micro-batch by hand: on entry the weights move to ``w + e`` along the gradients that are
         there, which become None; on the way out the weights are restored bit for bit and ``weight`` times the gradient is added
-        up. Gradients are None afterwards. When the weights of all micro-batches sum to 1, ``.grad`` is the step's gradient: clip
-        it, unscale it, look at it, and call ``step()``.
+        up. Gradients are None afterwards. When the weights of all micro-batches sum to 1, ``.grad`` is the step's gradient:
+        clip it, unscale it, look at it, and call ``step()``.
 
         An exception gives the whole step up: the weights are clean and nothing is added up any more.
 
@@ -234,6 +235,7 @@ class MicroBatchSAM(SAM):
 
     # ---- the moves ---------------------------------------------------------------------------------------------------
 
+    @not_traced
     def _add(self, weight: float) -> None:
         """The end of a micro-batch: restored, and added up."""
         params = self._params()
@@ -241,6 +243,7 @@ class MicroBatchSAM(SAM):
         self._ascent.note_clean()
         self._settle(State.ACCUMULATED)
 
+    @not_traced
     def _last(self, weight: float) -> None:
         """The end of the last micro-batch: the base step, in one pass with the restore where that can be."""
         accumulation, params = self._accumulation, self._params()
@@ -256,6 +259,7 @@ class MicroBatchSAM(SAM):
             self._base_step(Final(accumulation.gradients(params, unscaled=False), wide=True))
         self._clear_gradients()
 
+    @not_traced
     def _base_step(self, final: Final | None = None) -> None:
         if final is None and self._accumulation.count:
             scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
@@ -265,11 +269,13 @@ class MicroBatchSAM(SAM):
             final = Final(grads, wide=wide, grad_scale=scale, found_inf=found_inf)
         super()._base_step(final)
 
+    @not_traced
     def _settle(self, state: State) -> None:
         super()._settle(state)
         if state is State.CLEAN:  # a step was taken or given up
             self._accumulation.reset()
 
+    @not_traced
     def _has_gradients(self) -> bool:
         return any(map(is_not, map(grad_of, self._params()), repeat(None)))
 

@@ -23,6 +23,7 @@ from sam_fused.randomness import Randomness
 from . import groups
 from .arguments import check_limit, check_params, keys_of, own_settings, own_values, refuse_hidden
 from .closures import detached, evaluate
+from .compiled import not_traced
 from .descent import Final, is_capturable
 from .state import Control, Move, State
 from .wrapper import Wrapper
@@ -320,6 +321,7 @@ class SAM(Wrapper):
         self._control.require(Move.RESTORE)
         self._give_up()
 
+    @not_traced
     def remember_randomness(self) -> None:
         """With ``same_dropout`` and both passes by hand: to be called before the first forward pass, so that the second draws
         the same random numbers. ``step(closure)`` does it by itself."""
@@ -337,6 +339,7 @@ class SAM(Wrapper):
             self._control.require(Move.STEP)
         self._base_step()
 
+    @not_traced
     def _ascend(self, *, same_step: bool = False) -> None:
         """Perturbs with the present gradients, and prepares what surrounds the second pass."""
         control = self._control
@@ -380,6 +383,7 @@ class SAM(Wrapper):
             self._give_up()
             raise
 
+    @not_traced
     def _settle(self, state: State) -> None:
         """The weights are clean, the second pass is over."""
         try:
@@ -388,6 +392,7 @@ class SAM(Wrapper):
         finally:
             self._control.state = state
 
+    @not_traced
     def _give_up(self) -> None:
         """Back to clean weights, whatever has happened."""
         try:
@@ -395,6 +400,7 @@ class SAM(Wrapper):
         finally:
             self._settle(State.CLEAN)
 
+    @not_traced
     def _base_step(self, final: Final | None = None) -> None:
         """Restores what is perturbed and runs the base optimizer, in one pass where it has a fused form."""
         params = self._params()
@@ -420,15 +426,23 @@ class SAM(Wrapper):
         own = self.base_optimizer.param_groups
         return own[0]["params"] if len(own) == 1 else list(chain.from_iterable([group["params"] for group in own]))
 
+    @not_traced
     def _clear_gradients(self) -> None:
         for param in self._params():
             param.grad = None
 
+    @not_traced
     def _remember_gradients(self) -> None:
         self._control.remember(list(map(grad_of, self._params())))
 
+    def _refresh_hyper(self) -> None:
+        """What has changed in the groups since, into the tables that a captured step reads."""
+        self._ascent.refresh_hyper(self.base_optimizer.param_groups)
+        self._descent.refresh_hyper(self.base_optimizer)
+
     # ---- refusals ----------------------------------------------------------------------------------------------------
 
+    @not_traced
     def _refuse_scaled_closure(self) -> None:
         if "found_inf" in self.__dict__:
             raise RuntimeError(
@@ -449,6 +463,7 @@ class SAM(Wrapper):
                 "backward: call unscale_ (and clip) after it, right before scaler.step(optimizer), or not at all."
             )
 
+    @not_traced
     def _refuse_fresh_gradients(self) -> None:
         grads = list(map(grad_of, self._params()))
         if not any(map(is_not, grads, [None] * len(grads))):
