@@ -374,8 +374,7 @@ class TensorSet:
             self._through_lists("restore_accumulate_", grads, lists, {"weight": weight, "fresh": fresh})
             self.perturbed.fill_(0)
             return
-        increment_version(self.params)
-        increment_version(self.accumulators)
+        increment_version(self.params)  # and not the accumulators', which are the set's own, as its backups are
         fast.door.restore_accumulate_(fast.rows, grads.addresses, weight, self.perturbed, fresh, fast.table)
 
     def restore_sgd_(self, grads: Gradients, hyper: Tensor, factors: Factors = NO_FACTORS) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import repeat
 from operator import attrgetter, is_, is_not
 from typing import Any
@@ -33,6 +34,16 @@ TOLERANCE = 1e-6
 _read_by_graphs: list[Tensor] = []
 
 
+@dataclass(frozen=True)
+class _Adding:
+    """What the end of a micro-batch is done with: its sets, the perturbed parts that none of them restores whole, and which
+    parameters have a gradient."""
+
+    parts: list[Part]
+    left_over: list[Part]
+    present: list[bool]
+
+
 class Accumulation:
     """The accumulators of a step, one for each parameter that any of its micro-batches has a gradient for.
 
@@ -43,7 +54,8 @@ class Accumulation:
         self._control = control
         self._buffers = FlatBuffers(arithmetic_dtype)
         self._params: list[Tensor] = []
-        self._known: dict[Any, list[Part]] = {}
+        self._known: dict[Any, _Adding] = {}
+        self._sums: tuple[list[bool], list[Tensor | None]] | None = None
         self._weights: OrderedDict[tuple[float, torch.device], Tensor] = OrderedDict()
         self._holds: list[bool] = []
         self._exposed: list[tuple[Tensor, int] | None] = []
@@ -76,24 +88,24 @@ class Accumulation:
 
         If anything is thrown, some accumulators may hold this micro-batch and others not: the step is to be given up.
         """
-        parts = self._parts(ascent, params, grads)
-        checked = [part.tensors.checked(part.pick(grads)) for part in parts]
+        adding = self._adding(ascent, params, grads)
+        checked = [part.tensors.checked(part.pick(grads)) for part in adding.parts]
         ascending = ascent.perturbed_parts()
-        holds = self._holds or [False] * len(params)
-        for part, chosen in zip(parts, checked, strict=True):
-            late = part.pick(holds)
-            fresh = not any(late)
-            if not fresh and not all(late):
-                for accumulator, holding in zip(part.tensors.accumulators, late, strict=True):
+        for part, chosen in zip(adding.parts, checked, strict=True):
+            holds = part.pick(self._holds) if self._holds else []
+            if any(holds) and not all(holds):
+                for accumulator, holding in zip(part.tensors.accumulators, holds, strict=True):
                     if not holding:
                         accumulator.zero_()
-            part.tensors.restore_accumulate_(chosen, self.weight_on(weight, part.device), fresh)
-        adding = {id(param) for part in parts for param in part.tensors.params}
-        for ascended in ascending:
-            if not adding.issuperset(map(id, ascended.tensors.params)):
-                ascended.tensors.restore_()
-            ascended.tensors.perturbed.zero_()
-        self._holds = [holding or grad is not None for holding, grad in zip(holds, grads, strict=True)]
+            part.tensors.restore_accumulate_(chosen, self.weight_on(weight, part.device), fresh=not any(holds))
+        for part in adding.left_over:
+            part.tensors.restore_()
+        for part in ascending:
+            part.tensors.perturbed.zero_()
+        if self._holds:
+            self._holds = [held or has for held, has in zip(self._holds, adding.present, strict=True)]
+        else:
+            self._holds = adding.present
         self.count += 1
         self.weight += weight
 
@@ -103,9 +115,11 @@ class Accumulation:
 
     def accumulators(self, params: list[Tensor]) -> list[Tensor | None]:
         """The sums, None where no micro-batch had a gradient."""
-        holding = [param for param, holds in zip(params, self._holds, strict=True) if holds]
-        views = iter(self._buffers.views(holding))
-        return [next(views) if holds else None for holds in self._holds]
+        if self._sums is None or self._sums[0] != self._holds:
+            holding = [param for param, holds in zip(params, self._holds, strict=True) if holds]
+            views = iter(self._buffers.views(holding))
+            self._sums = list(self._holds), [next(views) if holds else None for holds in self._holds]
+        return self._sums[1]
 
     # ---- as gradients --------------------------------------------------------------------------------------------------------
 
@@ -133,7 +147,7 @@ class Accumulation:
 
     # ---- sets ----------------------------------------------------------------------------------------------------------------
 
-    def _parts(self, ascent: Ascent, params: list[Tensor], grads: list[Tensor | None]) -> list[Part]:
+    def _adding(self, ascent: Ascent, params: list[Tensor], grads: list[Tensor | None]) -> _Adding:
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             self._known.clear()
             self._params = list(params)
@@ -141,14 +155,15 @@ class Accumulation:
         complete = all(map(is_not, grads, repeat(None)))
         perturbed = tuple(part.serial for part in ascent.perturbed_parts())
         key = (perturbed, None if complete else tuple(grad is None for grad in grads))
-        parts = self._known.get(key)
-        if parts is None or not all(part.tensors.is_current() for part in parts):
+        adding = self._known.get(key)
+        if adding is None or not all(part.tensors.is_current() for part in adding.parts):
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
-            parts = self._known[key] = self._build(ascent, params, grads)
-        return parts
+            self._sums = None
+            adding = self._known[key] = self._build(ascent, params, grads)
+        return adding
 
-    def _build(self, ascent: Ascent, params: list[Tensor], grads: list[Tensor | None]) -> list[Part]:
+    def _build(self, ascent: Ascent, params: list[Tensor], grads: list[Tensor | None]) -> _Adding:
         present = [index for index, grad in enumerate(grads) if grad is not None]
         # All at once, so that they share a buffer.
         sums = dict(zip(present, self._buffers.views([params[index] for index in present]), strict=True))
@@ -160,7 +175,9 @@ class Accumulation:
                 members, backups, backend=backend, accumulators=[sums[index] for index in chosen], perturbed=cell
             )
             parts.append(Part(tensors, chosen, len(params)))
-        return parts
+        adding = {id(params[index]) for index in present}
+        left_over = [part for part in ascent.perturbed_parts() if not adding.issuperset(map(id, part.tensors.params))]
+        return _Adding(parts, left_over, [grad is not None for grad in grads])
 
     @property
     def nbytes(self) -> int:
@@ -169,6 +186,6 @@ class Accumulation:
     def release(self) -> None:
         self.reset()
         self._known.clear()
-        self._params = []
+        self._params, self._sums = [], None
         self._weights.clear()
         self._buffers.release()

@@ -126,7 +126,8 @@ class MicroBatchSAM(SAM):
             raise
 
     def _step_over(self, closure: Callable[..., Any], pieces: list[tuple[tuple[Any, ...], int]]) -> Any:
-        samples = sum(size for _, size in pieces)
+        sizes = [size for _, size in pieces]
+        samples = sum(sizes)
         clean_losses, perturbed_losses = [], []
         try:
             for number, (arguments, size) in enumerate(pieces):
@@ -134,11 +135,11 @@ class MicroBatchSAM(SAM):
                 self._clear_gradients()
                 if self._control.same_dropout:
                     self.remember_randomness()
-                clean_losses.append((weight, self._pass(closure, arguments)))
+                clean_losses.append(self._pass(closure, arguments))
                 perturbed = self._perturbed_until_error(same_step=number > 0) if self._control.enabled else nullcontext()
                 with perturbed:
                     if self._control.enabled:
-                        perturbed_losses.append((weight, self._pass(closure, arguments)))
+                        perturbed_losses.append(self._pass(closure, arguments))
                     else:
                         self._ascent.nothing()
                     if number == len(pieces) - 1:
@@ -149,9 +150,9 @@ class MicroBatchSAM(SAM):
             self._give_up()
             self._clear_gradients()  # half a batch's: nobody's to keep
             raise
-        clean = _weighted_mean(clean_losses)
+        clean = _weighted_mean(clean_losses, sizes)
         self._control.clean_loss = clean if perturbed_losses else None
-        self._control.perturbed_loss = _weighted_mean(perturbed_losses) if perturbed_losses else None
+        self._control.perturbed_loss = _weighted_mean(perturbed_losses, sizes) if perturbed_losses else None
         return clean
 
     def _pass(self, closure: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -328,8 +329,14 @@ def _check_count(value: Any) -> None:
         raise ValueError(f"num_micro_batches: expected a whole number above 0, got {value!r}: 1 is SAM, 8 cuts a batch into 8.")
 
 
-def _weighted_mean(losses: list[tuple[float, Any]]) -> Any:
-    """On the losses' device: nothing waits for it."""
-    if all(isinstance(loss, Tensor) for _, loss in losses):
-        return torch.stack([loss.reshape(()) * weight for weight, loss in losses]).sum()
-    return sum(float(loss) * weight for weight, loss in losses)
+def _weighted_mean(losses: list[Any], sizes: list[int]) -> Any:
+    """On the losses' device: nothing waits for it. The larger micro-batches come first, and there are two sizes at most."""
+    if len(losses) == 1:
+        return losses[0]
+    samples = sum(sizes)
+    if not all(isinstance(loss, Tensor) for loss in losses):
+        return sum(float(loss) * size for loss, size in zip(losses, sizes, strict=True)) / samples
+    larger = sizes.count(sizes[0])
+    stacked = torch.stack([loss.reshape(()) for loss in losses])
+    total = stacked[:larger].sum() * (sizes[0] / samples)
+    return total if larger == len(sizes) else total + stacked[larger:].sum() * (sizes[-1] / samples)
