@@ -347,7 +347,7 @@ class SAM(Wrapper):
         if not control.enabled:
             self._ascent.nothing()
             return
-        if control.same_dropout and (control.randomness is None or not control.randomness.is_recorded):
+        if control.same_dropout and (control.randomness is None):
             raise RuntimeError(
                 "same_dropout: expected the random numbers of the first pass to be known, got a first pass by hand: call "
                 "remember_randomness() before its forward."
@@ -371,6 +371,7 @@ class SAM(Wrapper):
             control.statistics.save()
         if control.same_dropout and control.randomness is not None:
             control.randomness.replay()
+            control.randomness = None  # the next step has random numbers of its own
 
     @contextmanager
     def _perturbed_until_error(self, *, same_step: bool = False) -> Iterator[None]:
