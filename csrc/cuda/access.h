@@ -1,7 +1,10 @@
 // Reading and writing a chunk's elements: 16 bytes at a time where all operands share a dtype and are aligned, element by
-// element where not, and with a conversion per operand where dtypes differ.
+// element where not, and with a conversion per operand where dtypes differ. An accumulator is stored in the arithmetic's type
+// and shares nobody's dtype: beside halves it takes two accesses for each of theirs.
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
@@ -22,22 +25,33 @@ __device__ P* global(P* address) {
   return address;
 }
 
-// V stored values that are read or written by one instruction.
+// V stored values that are read or written together, by one instruction up to 16 bytes. No more may be claimed of its
+// alignment: addresses are looked at for multiples of 16 alone.
 template <class S, int V>
-struct alignas(sizeof(S) * V) Pack {
+struct alignas(std::min<size_t>(sizeof(S) * V, kAccessBytes)) Pack {
   S values[V];
 };
 
-// One store of the whole pack. Spelt out for 16 bytes: left to itself nvcc takes packs apart and stores 4 bytes at a time (seen
-// for sm_80 and sm_90).
+template <int kAccesses>
+struct Words {
+  uint4 accesses[kAccesses];
+};
+
+// Stores of 16 bytes. Spelt out: left to itself nvcc takes packs apart and stores 4 bytes at a time (seen for sm_80 and sm_90).
 template <class P>
 __device__ void store_whole(P* address, const P& pack) {
 #if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(P) == kAccessBytes) {
-    const uint4 words = __builtin_bit_cast(uint4, pack);
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)), "r"(words.x),
-                 "r"(words.y), "r"(words.z), "r"(words.w)
-                 : "memory");
+  if constexpr (sizeof(P) % kAccessBytes == 0) {
+    constexpr int kAccesses = sizeof(P) / kAccessBytes;
+    const auto words = __builtin_bit_cast(Words<kAccesses>, pack);
+    const size_t to = __cvta_generic_to_global(address);
+#pragma unroll
+    for (int n = 0; n < kAccesses; ++n) {
+      const uint4 part = words.accesses[n];
+      asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to + n * kAccessBytes), "r"(part.x), "r"(part.y),
+                   "r"(part.z), "r"(part.w)
+                   : "memory");
+    }
     return;
   }
 #endif
@@ -117,6 +131,41 @@ struct Any {
   }
 };
 
+// An operand to read the gradient of several micro-batches from: what was accumulated plus the weighted one of the last.
+template <class A, class T>
+struct SummedGradient {
+  A last;
+  Typed<T> sum;
+  T share;  // the weight of the last
+
+  template <int V, class P>
+  struct Packs {
+    P last;
+    Pack<T, V> sum;
+  };
+
+  template <int V>
+  __device__ auto load(int64_t i) const {
+    auto loaded = last.template load<V>(i);
+    return Packs<V, decltype(loaded)>{loaded, sum.template load<V>(i)};
+  }
+  template <class, class P>
+  __device__ T get(const P& packs, int v) const {
+    return accumulated(sum.template get<T>(packs.sum, v), last.template get<T>(packs.last, v), share);
+  }
+};
+
+// The operand that a pass reads its gradient from.
+template <bool kAccumulates, class A, class T>
+__device__ auto gradient_operand(const TensorRow& row, void* gradient, double share) {
+  const A last = A::at(gradient, row.dtype(kGrad));
+  if constexpr (kAccumulates) {
+    return SummedGradient<A, T>{last, Typed<T>::at(row.address[kAccumulator], {}), static_cast<T>(share)};
+  } else {
+    return last;
+  }
+}
+
 template <class A, class T>
 struct Access {
   using Operand = A;
@@ -126,27 +175,34 @@ struct Access {
 // What the operands in `used` (a bit per role) have in common.
 struct Survey {
   DType dtype;   // of the first of them
-  bool uniform;  // whether it is every one's
+  bool uniform;  // whether it is every one's but the accumulator's
   bool aligned;  // whether every address is a multiple of 16 bytes
 };
 
 __device__ inline Survey survey(const TensorRow& row, const void* gradient, uint32_t used) {
   Survey found{DType::kFloat32, true, true};
   bool first = true;
-  for (int r = kWeight; r <= kState2; ++r) {
+  for (int r = kWeight; r < kRoles; ++r) {
     if ((used >> r & 1) == 0) continue;
     const Role role = static_cast<Role>(r);
+    const void* address = role == kGrad ? gradient : row.address[role];
+    found.aligned = found.aligned && reinterpret_cast<uintptr_t>(address) % kAccessBytes == 0;
+    if (role == kAccumulator) continue;
     const DType dtype = row.dtype(role);
     if (first) found.dtype = dtype;
     first = false;
     found.uniform = found.uniform && dtype == found.dtype;
-    const void* address = role == kGrad ? gradient : row.address[role];
-    found.aligned = found.aligned && reinterpret_cast<uintptr_t>(address) % kAccessBytes == 0;
   }
   return found;
 }
 
 SAM_FUSED_HD constexpr uint32_t bit(Role role) { return 1u << role; }
+
+// Of what a pass reads its gradient from.
+template <bool kAccumulates>
+SAM_FUSED_HD constexpr uint32_t gradient_bits() {
+  return bit(kGrad) | (kAccumulates ? bit(kAccumulator) : 0);
+}
 
 // f(Access<operand, arithmetic's type>): `deciding` is the dtype that decides whether the arithmetic is in fp64.
 template <class F>

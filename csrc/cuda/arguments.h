@@ -53,6 +53,7 @@ struct Gradients {
 
 // What a base step's gradient is multiplied with, and whether the step is skipped.
 struct GradPolicy {
+  Scalar weight;  // of the last micro-batch; there if the rows have accumulators
   Scalar inv_scale, found_inf, clip;
 };
 

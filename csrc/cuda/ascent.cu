@@ -1,4 +1,4 @@
-// Perturb with backup, and restore.
+// Perturb with backup, restore, and restore at the end of a micro-batch, which keeps its gradient.
 #include "cuda/access.h"
 #include "cuda/launch.h"
 #include "cuda/run.h"
@@ -17,6 +17,13 @@ struct PerturbArguments {
 
 struct RestoreArguments {
   Launch launch;
+};
+
+struct AccumulateArguments {
+  Launch launch;
+  Scalar weight;
+  bool fresh;
+  Gradients gradients;
 };
 
 template <class A, class T>
@@ -70,6 +77,43 @@ __global__ void __launch_bounds__(kThreads, kAscentBlocks) restore_kernel(const 
   copy_chunk(row.address[kWeight], row.address[kBackup], row.dtype(kWeight), chunk);
 }
 
+// One sweep and not a copy before it: the backup, the gradient and the accumulator are in flight together.
+template <class A, class T>
+__device__ void accumulate_chunk(const TensorRow& row, void* gradient, const Chunk& chunk, bool aligned, T share, bool fresh) {
+  const A weight = A::at(row.address[kWeight], row.dtype(kWeight)), backup = A::at(row.address[kBackup], row.dtype(kBackup));
+  const A grad = A::at(gradient, row.dtype(kGrad));
+  const auto accumulator = Typed<T>::at(row.address[kAccumulator], {});
+  const bool moved = row.address[kWeight] != row.address[kBackup];
+  sweep<A::kWidth>(chunk, aligned, [&](auto width, int64_t i) {
+    constexpr int V = decltype(width)::value;
+    decltype(backup.template load<V>(i)) w{};
+    if (moved) w = backup.template load<V>(i);
+    const auto g = grad.template load<V>(i);
+    Pack<T, V> sum{};
+    if (!fresh) sum = accumulator.template load<V>(i);
+    for (int v = 0; v < V; ++v) {
+      const T along = grad.template get<T>(g, v);
+      sum.values[v] = fresh ? share * along : accumulated(sum.values[v], along, share);
+    }
+    if (moved) weight.template store<V>(i, w);
+    accumulator.template store<V>(i, sum);
+  });
+}
+
+__global__ void __launch_bounds__(kThreads, kAscentBlocks) accumulate_kernel(const __grid_constant__ AccumulateArguments a) {
+  const double share = value_or(a.weight, 1);
+  const int64_t c = a.launch.begin + blockIdx.x;
+  const Chunk chunk = find_chunks(a.launch, c, c + 1);
+  const TensorRow& row = a.launch.rows[chunk.tensor];
+  void* gradient = gradient_of(a.gradients, a.launch, chunk.tensor);
+  const Survey found = survey(row, gradient, bit(kWeight) | bit(kBackup) | gradient_bits<true>());
+  with_access(found, row.dtype(kWeight), [&](auto access) {
+    using A = typename decltype(access)::Operand;
+    using T = typename decltype(access)::Arithmetic;
+    accumulate_chunk<A, T>(row, gradient, chunk, found.aligned, static_cast<T>(share), a.fresh);
+  });
+}
+
 void restore_part(const Set& set, const Launch& part) {
   if (part.begin < part.end) launch(restore_kernel, part.end - part.begin, set.stream, RestoreArguments{part});
 }
@@ -100,6 +144,18 @@ void perturb(const Set& set, Scalar norm, const Hyper& hyper, Scalar inv_scale, 
 
 void restore(const Set& set) {
   for_each_launch(set, [&](const Launch& part) { restore_part(set, part); });
+}
+
+void restore_accumulate(const Set& set, Scalar weight, bool fresh) {
+  AccumulateArguments arguments;
+  arguments.weight = weight;
+  arguments.fresh = fresh;
+  for_each_launch(set, [&](const Launch& part) {
+    if (part.begin == part.end) return;
+    arguments.launch = part;
+    fill(arguments.gradients, set, part);
+    launch(accumulate_kernel, part.end - part.begin, set.stream, arguments);
+  });
 }
 
 }  // namespace sam_fused::cuda

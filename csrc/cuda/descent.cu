@@ -35,11 +35,11 @@ struct AdamScratch {
 
 enum class Momentum { kNone, kFirst, kRunning };
 
-template <class A, class T>
-__device__ void sgd_chunk(const TensorRow& row, void* gradient, const Chunk& chunk, bool aligned, const SgdConstants<T>& k,
+template <class A, class T, class G>
+__device__ void sgd_chunk(const TensorRow& row, const G& grad, const Chunk& chunk, bool aligned, const SgdConstants<T>& k,
                           Momentum momentum) {
-  const A weight = A::at(row.address[kWeight], row.dtype(kWeight)), backup = A::at(row.address[kBackup], row.dtype(kBackup));
-  const A grad = A::at(gradient, row.dtype(kGrad)), buffer = A::at(row.address[kState0], row.dtype(kState0));
+  const auto at = [&row](Role role) { return A::at(row.address[role], row.dtype(role)); };
+  const A weight = at(kWeight), backup = at(kBackup), buffer = at(kState0);
   sweep<A::kWidth>(chunk, aligned, [&](auto width, int64_t i) {
     constexpr int V = decltype(width)::value;
     auto w = backup.template load<V>(i);
@@ -60,7 +60,9 @@ __device__ void sgd_chunk(const TensorRow& row, void* gradient, const Chunk& chu
   });
 }
 
+template <bool kAccumulates>
 __device__ void sgd_block(const SgdArguments& a, SgdScratch& scratch, int64_t c) {
+  const double share = kAccumulates ? value_or(a.policy.weight, 1) : 1;
   const Chunk chunk = find_chunks(a.launch, c, c + 1);
   const TensorRow& row = a.launch.rows[chunk.tensor];
   if (skips(a.policy)) return copy_chunk(row.address[kWeight], row.address[kBackup], row.dtype(kWeight), chunk);
@@ -72,27 +74,36 @@ __device__ void sgd_block(const SgdArguments& a, SgdScratch& scratch, int64_t c)
                                                                                : Momentum::kRunning;
   void* gradient = gradient_of(a.gradients, a.launch, chunk.tensor);
   const uint32_t state = momentum == Momentum::kNone ? 0 : bit(kState0);
-  const Survey found = survey(row, gradient, bit(kWeight) | bit(kBackup) | bit(kGrad) | state);
+  const Survey found = survey(row, gradient, bit(kWeight) | bit(kBackup) | gradient_bits<kAccumulates>() | state);
   with_access(found, row.dtype(kWeight), [&](auto access) {
     using A = typename decltype(access)::Operand;
     using T = typename decltype(access)::Arithmetic;
-    sgd_chunk<A, T>(row, gradient, chunk, found.aligned, rounded<T>(k), momentum);
+    const auto grad = gradient_operand<kAccumulates, A, T>(row, gradient, share);
+    sgd_chunk<A, T>(row, grad, chunk, found.aligned, rounded<T>(k), momentum);
   });
 }
 
-__global__ void __launch_bounds__(kThreads, kSgdBlocks) sgd_kernel(const __grid_constant__ SgdArguments a) {
-  SgdScratch& scratch = shared<SgdScratch>();
+template <bool kAccumulates>
+__device__ void sgd_pass(const SgdArguments& a, SgdScratch& scratch) {
   const int64_t c = a.launch.begin + blockIdx.x;
-  if (c < a.launch.end) sgd_block(a, scratch, c);
+  if (c < a.launch.end) sgd_block<kAccumulates>(a, scratch, c);
   // The buffers exist from here on. The host cannot know: whether the step was skipped is known on the device alone.
   if (!a.clears_first || !is_last_block(a.launch.ticket, scratch.last) || skips(a.policy)) return;
   for (int64_t t = threadIdx.x; t < a.launch.tensors; t += blockDim.x) a.launch.rows[a.launch.first_tensor + t].first = 0;
 }
 
-template <bool kAmsgrad, class A, class T>
-__device__ void adam_chunk(const TensorRow& row, void* gradient, const Chunk& chunk, bool aligned, const AdamConstants<T>& k) {
+__global__ void __launch_bounds__(kThreads, kSgdBlocks) sgd_kernel(const __grid_constant__ SgdArguments a) {
+  sgd_pass<false>(a, shared<SgdScratch>());
+}
+
+__global__ void __launch_bounds__(kThreads, kSgdBlocks) summed_sgd_kernel(const __grid_constant__ SgdArguments a) {
+  sgd_pass<true>(a, shared<SgdScratch>());
+}
+
+template <bool kAmsgrad, class A, class T, class G>
+__device__ void adam_chunk(const TensorRow& row, const G& grad, const Chunk& chunk, bool aligned, const AdamConstants<T>& k) {
   const auto at = [&row](Role role) { return A::at(row.address[role], row.dtype(role)); };
-  const A weight = at(kWeight), backup = at(kBackup), grad = A::at(gradient, row.dtype(kGrad));
+  const A weight = at(kWeight), backup = at(kBackup);
   const A first = at(kState0), second = at(kState1), largest = at(kState2);
   sweep<A::kWidth>(chunk, aligned, [&](auto width, int64_t i) {
     constexpr int V = decltype(width)::value;
@@ -133,7 +144,9 @@ __device__ void advance(const TensorRow& row) {
   else *static_cast<float*>(row.address[kStep]) = static_cast<float>(next);
 }
 
+template <bool kAccumulates>
 __device__ void adam_block(const AdamArguments& a, AdamScratch& scratch, int64_t c) {
+  const double share = kAccumulates ? value_or(a.policy.weight, 1) : 1;
   const Chunk chunk = find_chunks(a.launch, c, c + 1);
   const TensorRow& row = a.launch.rows[chunk.tensor];
   if (skips(a.policy)) return copy_chunk(row.address[kWeight], row.address[kBackup], row.dtype(kWeight), chunk);
@@ -147,22 +160,31 @@ __device__ void adam_block(const AdamArguments& a, AdamScratch& scratch, int64_t
   k.amsgrad = k.amsgrad && row.address[kState2] != nullptr;
   void* gradient = gradient_of(a.gradients, a.launch, chunk.tensor);
   const uint32_t state = bit(kState0) | bit(kState1) | (k.amsgrad ? bit(kState2) : 0);
-  const Survey found = survey(row, gradient, bit(kWeight) | bit(kBackup) | bit(kGrad) | state);
+  const Survey found = survey(row, gradient, bit(kWeight) | bit(kBackup) | gradient_bits<kAccumulates>() | state);
   with_access(found, row.dtype(kWeight), [&](auto access) {
     using A = typename decltype(access)::Operand;
     using T = typename decltype(access)::Arithmetic;
-    if (k.amsgrad) adam_chunk<true, A, T>(row, gradient, chunk, found.aligned, rounded<T>(k));
-    else adam_chunk<false, A, T>(row, gradient, chunk, found.aligned, rounded<T>(k));
+    const auto grad = gradient_operand<kAccumulates, A, T>(row, gradient, share);
+    if (k.amsgrad) adam_chunk<true, A, T>(row, grad, chunk, found.aligned, rounded<T>(k));
+    else adam_chunk<false, A, T>(row, grad, chunk, found.aligned, rounded<T>(k));
   });
 }
 
-__global__ void __launch_bounds__(kThreads, kAdamBlocks) adam_kernel(const __grid_constant__ AdamArguments a) {
-  AdamScratch& scratch = shared<AdamScratch>();
+template <bool kAccumulates>
+__device__ void adam_pass(const AdamArguments& a, AdamScratch& scratch) {
   const int64_t c = a.launch.begin + blockIdx.x;
-  if (c < a.launch.end) adam_block(a, scratch, c);
+  if (c < a.launch.end) adam_block<kAccumulates>(a, scratch, c);
   // Every block has read its tensor's count when the last one comes here.
   if (!is_last_block(a.launch.ticket, scratch.last) || skips(a.policy)) return;
   for (int64_t t = threadIdx.x; t < a.launch.tensors; t += blockDim.x) advance(a.launch.rows[a.launch.first_tensor + t]);
+}
+
+__global__ void __launch_bounds__(kThreads, kAdamBlocks) adam_kernel(const __grid_constant__ AdamArguments a) {
+  adam_pass<false>(a, shared<AdamScratch>());
+}
+
+__global__ void __launch_bounds__(kThreads, kAdamBlocks) summed_adam_kernel(const __grid_constant__ AdamArguments a) {
+  adam_pass<true>(a, shared<AdamScratch>());
 }
 
 bool any_first(Rows rows) {
@@ -172,6 +194,7 @@ bool any_first(Rows rows) {
 }  // namespace
 
 void restore_sgd(const Set& set, const Hyper& hyper, const GradPolicy& policy) {
+  const auto kernel = policy.weight.address == nullptr ? sgd_kernel : summed_sgd_kernel;
   SgdArguments arguments;
   arguments.policy = policy;
   arguments.clears_first = any_first(set.rows);
@@ -179,18 +202,19 @@ void restore_sgd(const Set& set, const Hyper& hyper, const GradPolicy& policy) {
   for_each_launch(set, [&](const Launch& part) {
     arguments.launch = part;
     fill(arguments.gradients, set, part);
-    launch(sgd_kernel, at_least_one_block(part), set.stream, arguments);
+    launch(kernel, at_least_one_block(part), set.stream, arguments);
   });
 }
 
 void restore_adamw(const Set& set, const Hyper& hyper, const GradPolicy& policy) {
+  const auto kernel = policy.weight.address == nullptr ? adam_kernel : summed_adam_kernel;
   AdamArguments arguments;
   arguments.policy = policy;
   arguments.hyper = hyper;
   for_each_launch(set, [&](const Launch& part) {
     arguments.launch = part;
     fill(arguments.gradients, set, part);
-    launch(adam_kernel, at_least_one_block(part), set.stream, arguments);
+    launch(kernel, at_least_one_block(part), set.stream, arguments);
   });
 }
 

@@ -14,7 +14,7 @@ struct NormArguments {
   int64_t first, all;    // of them: this launch's first block's, and all launches'
   bool scaled;           // some gradient is fp64: without one only the middle row is in use
   bool finishes;         // the last launch of an operation: its last block adds up the sums of all
-  Scalar inv_scale;
+  Scalar weight, inv_scale;
   Norm result;
   Gradients gradients;
 };
@@ -31,15 +31,17 @@ __device__ void add(SumOfSquares& sum, double& middle, double x) {
   else middle = fused_multiply_add(x, x, middle);
 }
 
-// One load stream is a third of what the other kernels have in flight: four iterations at a time make up for it.
-constexpr int kUnroll = 4;
+// One load stream is a third of what the other kernels have in flight: four iterations at a time make up for it. Accumulators
+// are a second one, twice as wide beside halves: two iterations do.
+template <bool kAccumulates>
+constexpr int kUnroll = kAccumulates ? 2 : 4;
 
-template <bool kAdaptive, class A, class T>
-__device__ SumOfSquares chunk_sum(const TensorRow& row, void* gradient, const Chunk& chunk, bool aligned, T inv_scale) {
-  const A g = A::at(gradient, row.dtype(kGrad)), w = A::at(row.address[kWeight], row.dtype(kWeight));
+template <bool kAdaptive, int kAtATime, class A, class T, class G>
+__device__ SumOfSquares chunk_sum(const TensorRow& row, const G& g, const Chunk& chunk, bool aligned, T inv_scale) {
+  const A w = A::at(row.address[kWeight], row.dtype(kWeight));
   SumOfSquares sum;
   double middle[A::kWidth] = {};
-  sweep<A::kWidth, kUnroll>(chunk, aligned, [&](auto width, int64_t i) {
+  sweep<A::kWidth, kAtATime>(chunk, aligned, [&](auto width, int64_t i) {
     constexpr int V = decltype(width)::value;
     const auto gradients = g.template load<V>(i);
     decltype(w.template load<V>(i)) weights{};
@@ -55,18 +57,21 @@ __device__ SumOfSquares chunk_sum(const TensorRow& row, void* gradient, const Ch
   return sum;
 }
 
-__device__ SumOfSquares run_sum(const NormArguments& a, const Chunk& chunk, double inv_scale) {
+template <bool kAccumulates>
+__device__ SumOfSquares run_sum(const NormArguments& a, const Chunk& chunk, double weight, double inv_scale) {
   const TensorRow& row = a.launch.rows[chunk.tensor];
   void* gradient = gradient_of(a.gradients, a.launch, chunk.tensor);
   const bool adaptive = static_cast<Scaling>(row.scaling) == Scaling::kAbsWeight;
-  const Survey found = survey(row, gradient, bit(kGrad) | (adaptive ? bit(kWeight) : 0));
+  const Survey found = survey(row, gradient, gradient_bits<kAccumulates>() | (adaptive ? bit(kWeight) : 0));
   SumOfSquares sum;
   with_access(found, row.dtype(kGrad), [&](auto access) {
     using A = typename decltype(access)::Operand;
     using T = typename decltype(access)::Arithmetic;
+    constexpr int kAtATime = kUnroll<kAccumulates>;
+    const auto g = gradient_operand<kAccumulates, A, T>(row, gradient, weight);
     const T factor = static_cast<T>(inv_scale);
-    if (adaptive) sum = chunk_sum<true, A, T>(row, gradient, chunk, found.aligned, factor);
-    else sum = chunk_sum<false, A, T>(row, gradient, chunk, found.aligned, factor);
+    if (adaptive) sum = chunk_sum<true, kAtATime, A, T>(row, g, chunk, found.aligned, factor);
+    else sum = chunk_sum<false, kAtATime, A, T>(row, g, chunk, found.aligned, factor);
   });
   return sum;
 }
@@ -84,19 +89,21 @@ __device__ void write_norm(const Norm& result, double norm) {
   const double stored = result.wide ? norm : static_cast<double>(static_cast<float>(norm));
   if (result.wide) *static_cast<double*>(result.norm) = norm;
   else *static_cast<float*>(result.norm) = static_cast<float>(norm);
-  *result.found_inf = is_finite(stored) ? 0.0f : 1.0f;
+  const bool finite = is_finite(stored);
+  *result.found_inf = finite ? 0.0f : 1.0f;
+  if (!finite && result.overflows != nullptr) ++*result.overflows;
 }
 
-__global__ void __launch_bounds__(kThreads, kNormBlocks) grad_norm_kernel(const __grid_constant__ NormArguments a) {
-  NormScratch& scratch = shared<NormScratch>();
-  const double inv_scale = value_or(a.inv_scale, 1);
+template <bool kAccumulates>
+__device__ void norm_pass(const NormArguments& a, NormScratch& scratch) {
+  const double weight = kAccumulates ? value_or(a.weight, 1) : 1, inv_scale = value_or(a.inv_scale, 1);
   int64_t c = a.launch.begin + blockIdx.x * a.chunks_a_block;
   const int64_t end = c + a.chunks_a_block < a.launch.end ? c + a.chunks_a_block : a.launch.end;
   if (c < end) {
     SumOfSquares sum;
     while (c < end) {
       const Chunk run = find_chunks(a.launch, c, end);
-      sum = sum + run_sum(a, run, inv_scale);
+      sum = sum + run_sum<kAccumulates>(a, run, weight, inv_scale);
       c += (run.count + kBlockChunk - 1) / kBlockChunk;
     }
     sum = block_sum(scratch.block, sum);
@@ -114,18 +121,28 @@ __global__ void __launch_bounds__(kThreads, kNormBlocks) grad_norm_kernel(const 
   if (threadIdx.x == 0) write_norm(a.result, norm_of(total));
 }
 
+__global__ void __launch_bounds__(kThreads, kNormBlocks) grad_norm_kernel(const __grid_constant__ NormArguments a) {
+  norm_pass<false>(a, shared<NormScratch>());
+}
+
+__global__ void __launch_bounds__(kThreads, kNormBlocks) summed_grad_norm_kernel(const __grid_constant__ NormArguments a) {
+  norm_pass<true>(a, shared<NormScratch>());
+}
+
 bool any_wide(Rows rows) {
   return std::any_of(rows.data, rows.data + rows.count, [](const TensorRow& r) { return r.dtype(kGrad) == DType::kFloat64; });
 }
 
 }  // namespace
 
-void grad_norm(const Set& set, const Norm& result, Scalar inv_scale) {
+void grad_norm(const Set& set, const Norm& result, Scalar weight, Scalar inv_scale) {
+  const auto kernel = weight.address == nullptr ? grad_norm_kernel : summed_grad_norm_kernel;
   NormArguments arguments;
   arguments.sums = reinterpret_cast<double*>(set.table + set.layout().norm_sums());
   arguments.first = 0;
   arguments.all = set.layout().sums;
   arguments.scaled = any_wide(set.rows);
+  arguments.weight = weight;
   arguments.inv_scale = inv_scale;
   arguments.result = result;
   for_each_launch(set, [&](const Launch& part) {
@@ -134,7 +151,7 @@ void grad_norm(const Set& set, const Norm& result, Scalar inv_scale) {
     arguments.chunks_a_block = chunks_a_norm_block(chunks);
     arguments.finishes = part.first_tensor + part.tensors == set.plan.tensors();
     fill(arguments.gradients, set, part);
-    launch(grad_norm_kernel, std::max<int64_t>(1, blocks), set.stream, arguments);
+    launch(kernel, std::max<int64_t>(1, blocks), set.stream, arguments);
     arguments.first += blocks;
   });
 }

@@ -39,15 +39,19 @@ Scalar scalar_of(const MaybeTensor& scalar, Place place) {
   return scalar.has_value() ? scalar_of(*scalar, place) : Scalar{nullptr, false};
 }
 
-GradPolicy policy_of(const MaybeTensor& inv_scale, const MaybeTensor& found_inf, const MaybeTensor& clip, Place place) {
-  return {scalar_of(inv_scale, place), scalar_of(found_inf, place), scalar_of(clip, place)};
+int64_t* count_of(const MaybeTensor& overflows, Place place) {
+  if (!overflows.has_value()) return nullptr;
+  STD_TORCH_CHECK(place.holds(*overflows) && overflows->numel() == 1 && overflows->scalar_type() == ScalarType::Long,
+                  "sam_fused: expected the count of overflows to be one int64 on ", place.name());
+  return static_cast<int64_t*>(overflows->data_ptr());
 }
 
-Norm norm_of(const Tensor& norm, const Tensor& found_inf, Place place) {
+Norm norm_of(const Tensor& norm, const Tensor& found_inf, const MaybeTensor& overflows, Place place) {
   check_scalar(norm, place);
   check_scalar(found_inf, place);
   STD_TORCH_CHECK(found_inf.scalar_type() == ScalarType::Float, "sam_fused: expected a float32 flag");
-  return {norm.data_ptr(), norm.scalar_type() == ScalarType::Double, static_cast<float*>(found_inf.data_ptr())};
+  return {norm.data_ptr(), norm.scalar_type() == ScalarType::Double, static_cast<float*>(found_inf.data_ptr()),
+          count_of(overflows, place)};
 }
 
 Plan checked_plan(Rows rows) {
@@ -111,6 +115,19 @@ class Session {
     sam_fused::check_state(set_.rows, static_cast<const double*>(hyper.data_ptr()), columns, wanted_by, role);
   }
 
+  // The weight of a micro-batch, there if the rows have accumulators. Kernels take those for the type that the tensor in
+  // `deciding` is computed in and never look at their dtype, which prepared rows may have otherwise.
+  Scalar weight(const MaybeTensor& weight, Role deciding) const {
+    check_accumulators(set_.rows, weight);
+    for (int64_t i = 0; weight.has_value() && i < set_.rows.count; ++i) {
+      const TensorRow& row = set_.rows.data[i];
+      const DType wanted = row.dtype(deciding) == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+      STD_TORCH_CHECK(row.numel == 0 || row.dtype(kAccumulator) == wanted, "sam_fused: expected accumulator ", i,
+                      " of the dtype that its tensor is computed in");
+    }
+    return scalar_of(weight, place_);
+  }
+
  private:
   Place place_;
   DeviceGuard guard_;
@@ -118,31 +135,39 @@ class Session {
   Tensor table_, hyper_;
 };
 
-void step_sgd(Session& session, const Tensor& hyper, const MaybeTensor& inv_scale, const MaybeTensor& found_inf,
-              const MaybeTensor& clip) {
-  const Hyper table = session.hyper(hyper, kSgdColumns);
-  session.check_state(hyper, kSgdColumns, kMomentum, kState0);
-  restore_sgd(session.set(), table, policy_of(inv_scale, found_inf, clip, session.place()));
+GradPolicy policy_of(const Session& session, const MaybeTensor& weight, const MaybeTensor& inv_scale,
+                     const MaybeTensor& found_inf, const MaybeTensor& clip) {
+  const Place place = session.place();
+  return {session.weight(weight, kWeight), scalar_of(inv_scale, place), scalar_of(found_inf, place), scalar_of(clip, place)};
 }
 
-void step_adamw(Session& session, const Tensor& hyper, const MaybeTensor& inv_scale, const MaybeTensor& found_inf,
-                const MaybeTensor& clip) {
+void step_sgd(Session& session, const Tensor& hyper, const MaybeTensor& weight, const MaybeTensor& inv_scale,
+              const MaybeTensor& found_inf, const MaybeTensor& clip) {
+  const GradPolicy policy = policy_of(session, weight, inv_scale, found_inf, clip);
+  const Hyper table = session.hyper(hyper, kSgdColumns);
+  session.check_state(hyper, kSgdColumns, kMomentum, kState0);
+  restore_sgd(session.set(), table, policy);
+}
+
+void step_adamw(Session& session, const Tensor& hyper, const MaybeTensor& weight, const MaybeTensor& inv_scale,
+                const MaybeTensor& found_inf, const MaybeTensor& clip) {
+  const GradPolicy policy = policy_of(session, weight, inv_scale, found_inf, clip);
   const Hyper table = session.hyper(hyper, kAdamColumns);
   session.check_state(hyper, kAdamColumns, kAmsgrad, kState2);
-  restore_adamw(session.set(), table, policy_of(inv_scale, found_inf, clip, session.place()));
+  restore_adamw(session.set(), table, policy);
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor> grad_norm(Tensors grads, Tensors params, Ints scaling, Tensors accumulators, MaybeTensor weight,
                                      MaybeTensor inv_scale) {
-  check_not_accumulating(accumulators, weight);
   const Place place = Place::of(grads.at(0));
-  RowList list = norm_rows(grads, params, scaling, place);
+  RowList list = norm_rows(grads, params, scaling, accumulators, place);
   Session session(list.rows(), grads[0]);
   Tensor norm = new_scalar(grads[0], norm_dtype(grads));
   Tensor found_inf = new_scalar(grads[0], ScalarType::Float);
-  grad_norm(session.set(), norm_of(norm, found_inf, place), scalar_of(inv_scale, place));
+  const Norm result = norm_of(norm, found_inf, std::nullopt, place);
+  grad_norm(session.set(), result, session.weight(weight, kGrad), scalar_of(inv_scale, place));
   return {norm, found_inf};
 }
 
@@ -160,29 +185,37 @@ void restore_(Tensors params, Tensors backups) {
   restore(Session(list.rows(), params[0]).set());
 }
 
+void restore_accumulate_(Tensors params, Tensors backups, Tensors grads, Tensors accumulators, Tensor weight, bool fresh) {
+  RowList list = accumulate_rows(params, backups, grads, accumulators, Place::of(params.at(0)));
+  const Session session(list.rows(), params[0]);
+  restore_accumulate(session.set(), session.weight(weight, kWeight), fresh);
+}
+
 void restore_sgd_(Tensors params, Tensors backups, Tensors grads, Tensors momentum_buffers, Tensor hyper, Ints groups,
                   Ints first, Tensors accumulators, MaybeTensor weight, MaybeTensor inv_scale, MaybeTensor found_inf,
                   MaybeTensor clip) {
-  check_not_accumulating(accumulators, weight);
-  RowList list = sgd_rows(params, backups, grads, momentum_buffers, groups, first, Place::of(params.at(0)));
+  const Place place = Place::of(params.at(0));
+  RowList list = sgd_rows(params, backups, grads, momentum_buffers, groups, first, accumulators, place);
   Session session(list.rows(), params[0]);
-  step_sgd(session, hyper, inv_scale, found_inf, clip);
+  step_sgd(session, hyper, weight, inv_scale, found_inf, clip);
 }
 
 void restore_adamw_(Tensors params, Tensors backups, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
                     Tensors max_exp_avg_sqs, Tensors steps, Tensor hyper, Ints groups, Tensors accumulators,
                     MaybeTensor weight, MaybeTensor inv_scale, MaybeTensor found_inf, MaybeTensor clip) {
-  check_not_accumulating(accumulators, weight);
   const Place place = Place::of(params.at(0));
-  RowList list = adamw_rows(params, backups, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, groups, place);
+  RowList list =
+      adamw_rows(params, backups, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, groups, accumulators, place);
   Session session(list.rows(), params[0]);
-  step_adamw(session, hyper, inv_scale, found_inf, clip);
+  step_adamw(session, hyper, weight, inv_scale, found_inf, clip);
 }
 
-void prepared_grad_norm_(Tensor rows, Tensor grads, Tensor norm, Tensor found_inf, MaybeTensor inv_scale, MaybeTensor table) {
+void prepared_grad_norm_(Tensor rows, Tensor grads, Tensor norm, Tensor found_inf, MaybeTensor weight, MaybeTensor inv_scale,
+                         MaybeTensor overflows, MaybeTensor table) {
   const Place place = Place::of(norm);
   const Session session(rows_of(rows, grads), table, place);
-  grad_norm(session.set(), norm_of(norm, found_inf, place), scalar_of(inv_scale, place));
+  const Norm result = norm_of(norm, found_inf, overflows, place);
+  grad_norm(session.set(), result, session.weight(weight, kGrad), scalar_of(inv_scale, place));
 }
 
 void prepared_perturb_(Tensor rows, Tensor grads, Tensor norm, Tensor hyper, Tensor perturbed, bool backup_exists,
@@ -202,21 +235,29 @@ void prepared_restore_(Tensor rows, Tensor perturbed, MaybeTensor table) {
   *cell = 0;
 }
 
-void prepared_restore_sgd_(Tensor rows, Tensor grads, Tensor hyper, Tensor perturbed, MaybeTensor inv_scale,
-                           MaybeTensor found_inf, MaybeTensor clip, MaybeTensor table) {
+void prepared_restore_accumulate_(Tensor rows, Tensor grads, Tensor weight, Tensor perturbed, bool fresh, MaybeTensor table) {
   STD_TORCH_CHECK(table.has_value(), "sam_fused: expected the device table of these rows, as device_table makes it");
-  Session session(rows_of(rows, grads), table, Place::of(*table));
+  const Session session(rows_of(rows, grads), table, Place::of(*table));
   int64_t* cell = cell_of(perturbed);
-  step_sgd(session, hyper, inv_scale, found_inf, clip);
+  restore_accumulate(session.set(), session.weight(weight, kWeight), fresh);
   *cell = 0;
 }
 
-void prepared_restore_adamw_(Tensor rows, Tensor grads, Tensor hyper, Tensor perturbed, MaybeTensor inv_scale,
-                             MaybeTensor found_inf, MaybeTensor clip, MaybeTensor table) {
+void prepared_restore_sgd_(Tensor rows, Tensor grads, Tensor hyper, Tensor perturbed, MaybeTensor weight,
+                           MaybeTensor inv_scale, MaybeTensor found_inf, MaybeTensor clip, MaybeTensor table) {
   STD_TORCH_CHECK(table.has_value(), "sam_fused: expected the device table of these rows, as device_table makes it");
   Session session(rows_of(rows, grads), table, Place::of(*table));
   int64_t* cell = cell_of(perturbed);
-  step_adamw(session, hyper, inv_scale, found_inf, clip);
+  step_sgd(session, hyper, weight, inv_scale, found_inf, clip);
+  *cell = 0;
+}
+
+void prepared_restore_adamw_(Tensor rows, Tensor grads, Tensor hyper, Tensor perturbed, MaybeTensor weight,
+                             MaybeTensor inv_scale, MaybeTensor found_inf, MaybeTensor clip, MaybeTensor table) {
+  STD_TORCH_CHECK(table.has_value(), "sam_fused: expected the device table of these rows, as device_table makes it");
+  Session session(rows_of(rows, grads), table, Place::of(*table));
+  int64_t* cell = cell_of(perturbed);
+  step_adamw(session, hyper, weight, inv_scale, found_inf, clip);
   *cell = 0;
 }
 

@@ -47,11 +47,15 @@ struct Norm {
   void* norm;  // fp32, or fp64 if wide
   bool wide;
   float* found_inf;
+  int64_t* overflows;  // becomes one more where the norm is not finite; null: not counted
 };
 
-void grad_norm(const Set& set, const Norm& result, Scalar inv_scale);
+// `weight`, here and in a GradPolicy: there if the rows have accumulators, and then kernels of their own read them.
+void grad_norm(const Set& set, const Norm& result, Scalar weight, Scalar inv_scale);
 void perturb(const Set& set, Scalar norm, const Hyper& hyper, Scalar inv_scale, bool backup_exists);
 void restore(const Set& set);
+// If a launch fails, those before it have restored and accumulated: every tensor is as it was or done.
+void restore_accumulate(const Set& set, Scalar weight, bool fresh);
 void restore_sgd(const Set& set, const Hyper& hyper, const GradPolicy& policy);
 void restore_adamw(const Set& set, const Hyper& hyper, const GradPolicy& policy);
 

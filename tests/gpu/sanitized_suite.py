@@ -14,7 +14,7 @@ import torch
 
 from tests.gpu import problems
 from tests.ops.cases import WIDEST, Entry
-from tests.ops.runner import TAKES, Lists, make_lists, run
+from tests.ops.runner import Lists, make_lists, run, takes
 
 # A scalar, a vector's tail, nothing, two chunks of which the second has one element, something unaligned.
 ENTRIES = (Entry(()), Entry((17,)), Entry((0,)), Entry((32769,)), Entry((513,), "offset"))
@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def on(device: torch.device, lists: Lists, case: object) -> Lists:
     there = Lists(steps=[step.clone().to(device) for step in lists.steps])
-    for role in TAKES[case.op]:  # type: ignore[attr-defined]
+    for role in takes(case):  # type: ignore[attr-defined]
         for tensor in lists.of(role):
             # One element before it keeps what is unaligned unaligned.
             offset = tensor.storage_offset()
@@ -44,7 +44,7 @@ def operations(backend: str, device: torch.device) -> int:
                 wanted = run(case, "native", lists)
                 with device:
                     found = run(case, door, there)
-                for role in (*TAKES[case.op], "steps"):
+                for role in (*takes(case), "steps"):
                     pairs = zip(there.of(role), lists.of(role), strict=True)
                     assert all(torch.equal(ours.cpu(), cpu) for ours, cpu in pairs), f"{case.name} {door} {dtypes}: {role}"
                 if wanted is not None:

@@ -9,8 +9,8 @@ from sam_fused.ops import native
 from sam_fused.ops.backends import available_backends, choose
 from tests.gpu.problems import BACKENDS, DEVICE
 from tests.ops import runner
-from tests.ops.cases import CASES, ENTRIES, FITTING, LARGE, LISTS, STORAGES, WIDEST, Entry
-from tests.ops.runner import TAKES, Lists, make_lists, run
+from tests.ops.cases import CASES, ENTRIES, FITTING, LARGE, LISTS, SENTINEL, STORAGES, WIDEST, Entry
+from tests.ops.runner import Lists, make_lists, run, takes
 
 DOORS = {"lists": "{}", "prepared": "prepared-{}"}
 LAID_OUT = {"any layout": ENTRIES, "fitting": FITTING}
@@ -32,7 +32,7 @@ def moved(lists: Lists, case) -> Lists:
     """The lists on the card: each block of memory as a whole, and the same views into it."""
     there = Lists(steps=[step.to(DEVICE) for step in lists.steps])
     held = iter(lists.held)
-    for role in TAKES[case.op]:
+    for role in takes(case):
         if role == "backups" and case.in_place:
             there.backups = list(there.params)
             continue
@@ -62,7 +62,7 @@ def same(case, door, lists: Lists, on_card=None) -> None:
         norm, wanted_norm = float(found[0]), float(wanted[0])
         assert norm == pytest.approx(wanted_norm, rel=1e-6, abs=0) and found[0].dtype == wanted[0].dtype
         assert float(found[1]) == float(wanted[1])
-    for role in (*TAKES[case.op], "steps"):
+    for role in (*takes(case), "steps"):
         for index, (ours, cpu) in enumerate(zip(there.of(role), lists.of(role), strict=True)):
             differ = int((bits(ours) != bits(cpu)).sum())
             assert differ == 0, f"{role}[{index}] {cpu.dtype} {tuple(cpu.shape)} {cpu.stride()}: {differ} elements differ"
@@ -118,7 +118,7 @@ def test_mixed_dtypes_of_one_parameter(case, kernels):
             lists = make_lists([Entry((size,)) for size in (1, 7, 513, 1030)], [weight], case)
             for role in ("grads", "momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"):
                 setattr(lists, role, [t.to(other) for t in lists.of(role)])
-            lists.held = [(t, t) for role in TAKES[case.op] for t in lists.of(role)]
+            lists.held = [(t, t) for role in takes(case) for t in lists.of(role)]
             same(case, kernels, lists)
 
 
@@ -134,6 +134,20 @@ def test_hyper_parameters_that_live_on_the_card(case, door, monkeypatch):
             yield
 
     same(case, door, make_lists(FITTING, DTYPES, case), tables_on_the_card())
+
+
+@pytest.mark.parametrize("past", [1, 2, 4])
+@pytest.mark.parametrize("case", [case for case in CASES if "weight" in case.scalars], ids=str)
+def test_accumulators_at_any_address(case, past, door):
+    """Beside operands that are aligned. Eight halves have 32 bytes of accumulators, of which 16 are known to be aligned."""
+    for dtype in DTYPES:
+        lists = make_lists([Entry((size,)) for size in (1, 7, 513, 8197)], [dtype], case)
+        del lists.held[-len(lists.accumulators) :]
+        for index, values in enumerate(lists.accumulators):
+            block = torch.full((past + values.numel() + 1,), SENTINEL, dtype=values.dtype)
+            lists.accumulators[index] = block[past:-1].copy_(values)
+            lists.held.append((lists.accumulators[index], block))
+        same(case, door, lists)
 
 
 EXTREME = {

@@ -22,6 +22,7 @@ __device__ AdamConstants<T> adam_of(const T* k) {
 #define FOR_BOTH(T, suffix)                                                                                              \
   KERNEL perturbed_##suffix(const T* x, T* out) { *out = perturbed(x[0], x[1], x[2]); }                                  \
   KERNEL perturbed_adaptive_##suffix(const T* x, T* out) { *out = perturbed_adaptive(x[0], x[1], x[2]); }                \
+  KERNEL accumulated_##suffix(const T* x, T* out) { *out = accumulated(x[0], x[1], x[2]); }                              \
   KERNEL sgd_direction_##suffix(const T* k, const T* x, T* out) { *out = sgd_direction<true>(sgd_of(k), x[0], x[1]); }   \
   KERNEL sgd_momentum_##suffix(const T* k, const T* x, T* out) { *out = sgd_momentum(sgd_of(k), x[0], x[1]); }           \
   KERNEL sgd_weight_##suffix(const T* k, const T* x, T* out) { *out = sgd_weight<true>(sgd_of(k), x[0], x[1], x[2]); }   \

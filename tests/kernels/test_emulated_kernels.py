@@ -12,13 +12,14 @@ import torch
 
 from sam_fused import SAM, ops
 from sam_fused.ops import prepared
-from sam_fused.ops.prepared import HyperTable, TensorSet
+from sam_fused.ops.hyper import HyperTable
+from sam_fused.ops.prepared import Factors, TensorSet
 from sam_fused.ops.rows import CHUNK, FIRST, ROW_WORDS, build_rows
 from tests.kernels import emulated_backend
 from tests.kernels.build_emulated import ORDERS
 from tests.ops.cases import CASES, ENTRIES, FITTING, LARGE, STORAGES, WIDEST, Entry
 from tests.ops.digest import digest, lists_for
-from tests.ops.runner import TAKES, make_lists, run, table
+from tests.ops.runner import make_lists, run, table, takes
 from tests.optim.helpers import Regression, take_step
 
 # With SAM_FUSED_SMALL_ARGUMENTS (csrc/cuda/arguments.h): gradients and words a launch takes, elements of a block's chunk, and
@@ -52,7 +53,7 @@ def same_bits(one, other):
 
 
 def written(case, lists):
-    return [t for role in TAKES[case.op] for t in lists.of(role)] + lists.steps
+    return [t for role in takes(case) for t in lists.of(role)] + lists.steps
 
 
 # ---- the same bits as the CPU's kernels ------------------------------------------------------------------------------------
@@ -92,6 +93,8 @@ def test_the_same_bits_for_what_arithmetic_does_not_like(case, storage, emulated
             lists.params[index].copy_(torch.tensor([a for a, _ in pairs], dtype=torch.float64))
             if lists.grads:
                 lists.grads[index].copy_(torch.tensor([b for _, b in pairs], dtype=torch.float64))
+            if lists.accumulators:
+                lists.accumulators[index].copy_(torch.tensor([a for a, _ in pairs], dtype=torch.float64).roll(index))
             if lists.backups and not case.in_place:
                 lists.backups[index].copy_(lists.params[index].flip(0) if case.backup_exists else lists.params[index])
     run(case, "emulated", ours)
@@ -169,11 +172,11 @@ def sgd_set(sizes, **options):
     return TensorSet(params, [p.clone() for p in params], backend="emulated", states=states, **options)
 
 
-def adam_set(sizes):
+def adam_set(sizes, **options):
     params = [torch.randn(size) for size in sizes]
     states = tuple([torch.zeros_like(p) for p in params] for _ in range(3))
     steps = [torch.tensor(float(index)) for index in range(len(params))]
-    return TensorSet(params, [p.clone() for p in params], backend="emulated", states=states, steps=steps)
+    return TensorSet(params, [p.clone() for p in params], backend="emulated", states=states, steps=steps, **options)
 
 
 def launches(emulated, call):
@@ -194,7 +197,7 @@ def test_one_launch_an_operation_for_every_table_full_of_tensors(count, emulated
         assert launches(emulated, lambda t=tensors, g=grads: t.grad_norm(g)) == wanted
         assert launches(emulated, lambda t=tensors, g=grads: t.perturb_(g, torch.tensor(1.0), PERTURB)) == wanted
         assert launches(emulated, lambda t=tensors: t.restore_()) == wanted
-        table_of = HyperTable().update(hyper)
+        table_of = HyperTable().update(hyper).on(torch.device("cpu"))
         assert launches(emulated, lambda t=tensors, g=grads, s=step, h=table_of: getattr(t, s)(g, h)) == wanted
 
 
@@ -221,11 +224,12 @@ def test_step_counts_advance_once_however_many_launches_and_chunks(order, emulat
     emulated.set_orders(*order, seed=3)
     sizes = [0] * 40 + [CHUNK + 1, 3, 2 * CHUNK, 0, 1] + [0] * 40
     tensors = adam_set(sizes)
-    hyper = HyperTable().update(ADAM)
+    hyper = HyperTable().update(ADAM).on(torch.device("cpu"))
     for taken in (1, 2):
         tensors.restore_adamw_(tensors.checked([torch.ones_like(p) for p in tensors.params]), hyper)
         assert [float(step) for step in tensors.steps] == [float(index + taken) for index in range(len(sizes))]
-    tensors.restore_adamw_(tensors.checked([torch.ones_like(p) for p in tensors.params]), hyper, found_inf=torch.tensor(1.0))
+    skipped = Factors(found_inf=torch.tensor(1.0))
+    tensors.restore_adamw_(tensors.checked([torch.ones_like(p) for p in tensors.params]), hyper, skipped)
     assert [float(step) for step in tensors.steps] == [float(index + 2) for index in range(len(sizes))]
 
 
@@ -238,16 +242,16 @@ def rows_on_the_device(tensors):
 def test_the_device_forgets_by_itself_that_buffers_are_new(emulated):
     """Dampening is ignored in the first step that is taken, and a skipped one is not taken; the host is not asked."""
     tensors = sgd_set([70, 3, 0, CHUNK + 2] * 12, first=[1, 0, 1, 1] * 12)
-    hyper = HyperTable().update(SGD)
+    hyper = HyperTable().update(SGD).on(torch.device("cpu"))
     grads = [torch.ones_like(p) for p in tensors.params]
 
-    def step(**scalars):
-        tensors.restore_sgd_(tensors.checked(grads), hyper, **scalars)
+    def step(found_inf):
+        tensors.restore_sgd_(tensors.checked(grads), hyper, Factors(found_inf=torch.tensor(found_inf)))
 
-    step(found_inf=torch.tensor(math.inf))
+    step(math.inf)
     assert rows_on_the_device(tensors)[:, FIRST].tolist() == [1, 0, 1, 1] * 12
     assert all(bool((v == 0).all()) for v in tensors.states[0])
-    step(found_inf=torch.tensor(0.0))
+    step(0.0)
     assert rows_on_the_device(tensors)[:, FIRST].tolist() == [0] * 48
     first, later = tensors.states[0][0].mean(), tensors.states[0][1].mean()
     assert float(first) == pytest.approx(1.0, abs=0.1) and float(later) == pytest.approx(0.7, abs=0.1)
@@ -257,7 +261,7 @@ def test_tickets_are_back_at_zero(emulated):
     tensors = adam_set([5] * 50)
     grads = tensors.checked([torch.ones_like(p) for p in tensors.params])
     tensors.grad_norm(grads)
-    tensors.restore_adamw_(grads, HyperTable().update(ADAM))
+    tensors.restore_adamw_(grads, HyperTable().update(ADAM).on(torch.device("cpu")))
     assert int(tensors._fast.table[0]) == 0
 
 

@@ -17,6 +17,7 @@ CSRC = HERE.parents[1] / "csrc"
 WRITTEN = {
     "perturbed": (1, 0, 0),
     "perturbed_adaptive": (1, 2, 0),
+    "accumulated": (1, 0, 0),
     "sgd_direction": (1, 1, 0),
     "sgd_momentum": (1, 1, 0),
     "sgd_weight": (2, 0, 0),

@@ -137,7 +137,7 @@ importlib.util.find_spec = lambda name, *rest: None if name == "triton" else fin
 import torch
 from sam_fused.ops.triton import DOOR, KERNELS, reason_not
 assert "not installed" in reason_not(torch.device("cuda", 0)), reason_not(torch.device("cuda", 0))
-assert sorted(KERNELS) == ["grad_norm", "perturb_", "restore_", "restore_adamw_", "restore_sgd_"]
+assert sorted(KERNELS) == ["grad_norm", "perturb_", "restore_", "restore_accumulate_", "restore_adamw_", "restore_sgd_"]
 assert not [name for name in sys.modules if "kernels_" in name and "sam_fused" in name]
 """
     done = subprocess.run(
@@ -188,6 +188,30 @@ def test_a_role_that_is_not_there_costs_no_launch():
     rows = build_rows({"weight": weights, "state0": buffers}, [4] * 4, grad_dtypes=[torch.bfloat16] * 4)
     (run,) = DeviceTable(rows, CPU).runs("grad", "weight", "state0")
     assert run.dtypes == (torch.bfloat16,) * 3 and run.rows == 4
+
+
+def test_accumulators_where_there_is_a_weight_in_the_dtype_of_the_arithmetic():
+    """That of the gradient for its norm, of the weight elsewhere; of empty tensors nothing is asked."""
+    f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16
+
+    def table_of(*accumulators: torch.dtype | None, grad: torch.dtype) -> DeviceTable:
+        tensors = {
+            "weight": [torch.empty(size, dtype=bf16) for size in (4, 0, 4)],
+            "accumulator": [torch.empty(0) if dtype is None else torch.empty(4, dtype=dtype) for dtype in accumulators],
+        }
+        return DeviceTable(build_rows(tensors, [4, 0, 4], grad_dtypes=[grad] * 3), CPU)
+
+    fitting = table_of(f32, None, f32, grad=f64)
+    for _ in range(2):
+        fitting.check_accumulators("weight", True)
+        with pytest.raises(ValueError, match=rf"expected {f64} for tensor 0 because there is a weight, got {f32}:"):
+            fitting.check_accumulators("grad", True)
+        with pytest.raises(ValueError, match=rf"expected none for tensor 0 because there is no weight, got {f32}:"):
+            fitting.check_accumulators("weight", False)
+    for second, got in ((None, "none"), (bf16, bf16), (f64, f64)):
+        with pytest.raises(ValueError, match=rf"expected {f32} for tensor 2 because there is a weight, got {got}:"):
+            table_of(f32, None, second, grad=bf16).check_accumulators("grad", True)
+    table_of(None, None, None, grad=bf16).check_accumulators("weight", False)
 
 
 def test_every_dtype_has_a_code_that_comes_back():

@@ -5,19 +5,34 @@ Triton is imported whether kernels are interpreted.
 """
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 import torch
 
 from sam_fused.ops import native
+from sam_fused.ops.dtypes import arithmetic_dtype
 from sam_fused.ops.triton import KERNELS, reason_not, table, transfer
 from sam_fused.ops.triton import door as triton_door
 from tests.kernels import triton_arithmetic
 from tests.kernels.triton_doors import CPU, DOORS, Set, by_lists
 from tests.ops import cases, runner, test_matrix, test_range
-from tests.ops.cases import ADAM_CASES, CASES, FITTING, PERTURB_CASES, SGD_CASES, STORAGES, WIDEST, Case, Entry
-from tests.ops.runner import TAKES, Lists, make_lists, period
+from tests.ops.cases import (
+    ACCUMULATE_CASES,
+    ADAM_CASES,
+    CASES,
+    FITTING,
+    LAYOUTS,
+    NORM_CASES,
+    PERTURB_CASES,
+    SGD_CASES,
+    STORAGES,
+    WIDEST,
+    Case,
+    Entry,
+)
+from tests.ops.runner import Call, Lists, make_lists, period, takes
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
 
@@ -52,18 +67,33 @@ def test_matrix_of_cases(case, storage, door):
     check(case, make_lists(FITTING, [storage.dtype], case))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_bits_of_the_native_backend(case):
-    """The same scalars, the same bits. Norms are summed in another order."""
+def check_bits(case: Case, lists: Lists, want: Lists) -> None:
+    """Against the native backend. Norms are summed in another order."""
     if native.status().reason is not None:
         pytest.skip(f"no native library: {native.status().reason}")
+    found, wanted = by_lists(case, lists), runner.run(case, "native", want)
+    for role in (*takes(case), "steps"):
+        assert all(torch.equal(a, b) for a, b in zip(lists.of(role), want.of(role), strict=True)), role
+    if found is not None:
+        tolerance = max(cases.STORAGE_OF[grad.dtype].norm_tolerance for grad in lists.grads)
+        assert float(found[0]) == pytest.approx(float(wanted[0]), rel=tolerance, abs=0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bits_of_the_native_backend(case):
+    """The same scalars, the same bits."""
     for storage in STORAGES:
-        lists, want = (make_lists(FITTING, [storage.dtype], case, seed=3) for _ in range(2))
-        found, wanted = by_lists(case, lists), runner.run(case, "native", want)
-        for role in (*TAKES[case.op], "steps"):
-            assert all(torch.equal(a, b) for a, b in zip(lists.of(role), want.of(role), strict=True)), (role, storage.name)
-        if found is not None:
-            assert float(found[0]) == pytest.approx(float(wanted[0]), rel=storage.norm_tolerance, abs=0)
+        check_bits(case, *(make_lists(FITTING, [storage.dtype], case, seed=3) for _ in range(2)))
+
+
+@pytest.mark.parametrize("case", [*WIDEST, *(case for case in NORM_CASES if "weight" in case.scalars)], ids=str)
+def test_any_operand_may_be_the_one_that_is_aligned_to_nothing(case):
+    """Large enough for whole blocks, which are read 16 bytes at a time: no address may go without being asked."""
+    for role in takes(case):
+        lists, want = (make_lists([Entry((9001,))], [torch.float32], case) for _ in range(2))
+        for of in (lists, want):
+            of.of(role)[0] = LAYOUTS["offset"](of.of(role)[0])[0]
+        check_bits(case, lists, want)
 
 
 RESTORE = Case("restore", "restore_")
@@ -82,7 +112,7 @@ def test_large(case, turn, door):
         return
     door(case, lists)
     for index, param in enumerate(lists.params):
-        before = Lists(**{role: [period(role, param.dtype)] for role in TAKES[case.op]})
+        before = Lists(**{role: [period(role, param.dtype)] for role in takes(case)})
         for role, expected in test_matrix._expected(case, before, index, "triton").items():
             ratios = expected.ratios(lists.of(role)[index].reshape(-1))
             assert ratios.max() <= 1, f"{role}[{index}] {param.dtype} {tuple(param.shape)} from {ratios.argmax()} on"
@@ -154,6 +184,80 @@ def test_later_steps(monkeypatch, door):
     late = Case("adamw", "restore_adamw_", ((0.01, 0.9, 0.99999, 1e-8, 0.1, 1, 0, 0),), steps=(12345.0, 10.0**6, 16777214.0))
     for storage in (cases.FP32, cases.FP64):
         check(late, make_lists(FITTING, [storage.dtype], late))
+
+
+# ---- accumulators ------------------------------------------------------------------------------------------------------------
+
+ACCUMULATED = [case for case in CASES if "weight" in case.scalars]
+FRESH = ACCUMULATE_CASES[1]
+
+
+@pytest.mark.parametrize("weight", STORAGES, ids=lambda s: f"w-{s.name}")
+@pytest.mark.parametrize("grad", STORAGES, ids=lambda s: f"g-{s.name}")
+def test_accumulators_of_mixed_dtypes(weight, grad):
+    """What accumulators are follows from the weight, whatever the gradient is; for the norm, from the gradient."""
+    for case in ACCUMULATED:
+        lists, want = (make_lists([Entry((size,)) for size in (1, 17, 5000)], [weight.dtype], case) for _ in range(2))
+        for of in (lists, want):
+            of.grads = [g.to(grad.dtype) for g in of.grads]
+            if case.op == "grad_norm":
+                of.accumulators = [a.to(arithmetic_dtype(grad.dtype)) for a in of.accumulators]
+        check_bits(case, lists, want)
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=lambda s: s.name)
+@pytest.mark.parametrize("case", [case for case in ACCUMULATED if case.hyper], ids=str)
+def test_the_last_micro_batch_with_a_step_is_an_accumulation_and_a_step(case, storage, door):
+    """To the last bit, in whole blocks and in what is left of them."""
+    lists, apart = (make_lists(LARGE[2:5], [storage.dtype], case) for _ in range(2))
+    door(case, lists)
+    weight = case.scalars["weight"]
+    door(replace(case, op="restore_accumulate_", hyper=(), first=(), scalars={"weight": weight}), apart)
+    apart.backups, apart.grads, apart.accumulators = apart.params, apart.accumulators, []
+    door(replace(case, scalars={name: value for name, value in case.scalars.items() if name != "weight"}), apart)
+    for role in (*runner.TAKES[case.op], "steps"):
+        if role not in ("backups", "grads"):
+            assert all(torch.equal(a, b) for a, b in zip(lists.of(role), apart.of(role), strict=True)), role
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=lambda s: s.name)
+def test_fresh_accumulators_are_not_read(storage, door):
+    lists = make_lists(LARGE[2:5], [storage.dtype], FRESH)
+    for accumulator in lists.accumulators:
+        accumulator.fill_(math.nan)
+    door(FRESH, lists)
+    weight = torch.tensor(FRESH.scalars["weight"])
+    for accumulator, grad in zip(lists.accumulators, lists.grads, strict=True):
+        assert torch.equal(accumulator, weight.to(accumulator.dtype) * grad.to(accumulator.dtype))
+    assert lists.gaps_are_untouched()
+
+
+def test_a_weight_of_fp64_is_rounded_once(monkeypatch):
+    """To what the accumulators are."""
+    call_of = Call.of
+
+    def with_wide_scalars(case, count):
+        call = call_of(case, count)
+        call.scalars = {name: torch.tensor(value, dtype=torch.float64) for name, value in case.scalars.items()}
+        return call
+
+    monkeypatch.setattr(Call, "of", staticmethod(with_wide_scalars))
+    for case in ACCUMULATED:
+        for storage in STORAGES:
+            check_bits(case, *(make_lists([Entry((33,))], [storage.dtype], case) for _ in range(2)))
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=lambda s: s.name)
+def test_norms_that_are_not_finite_are_counted(storage):
+    """Of what the step will take, as the norm is stored: fp64 holds many a sum of squares that fp32 has no root of."""
+    case = Case("norm", "grad_norm", scalars={"weight": 0.5})
+    lists = make_lists([Entry((5,)), Entry((0,)), Entry((3000,))], [storage.dtype], case)
+    rows, largest = Set(case, lists), torch.finfo(lists.accumulators[2].dtype).max
+    for value, counted in ((1.0, 0), (largest, 1), (math.nan, 2), (0.0, 2), (-math.inf, 3)):
+        lists.accumulators[2].fill_(value)
+        norm, found_inf = rows.run(lists.grads)
+        assert math.isfinite(norm) == (float(found_inf) == 0) == (value in (0.0, 1.0))
+        assert int(rows.overflows) == 7 + counted
 
 
 # ---- the ends of the range ---------------------------------------------------------------------------------------------------
@@ -260,13 +364,14 @@ EXPECTED_LAUNCHES = {
     "grad_norm": ["sum_of_squares", "finish_norm"],
     "perturb_": ["perturb"],
     "restore_": ["restore"],
+    "restore_accumulate_": ["restore_accumulate"],
     "restore_sgd_": ["restore_sgd"],
     "restore_adamw_": ["restore_adamw"],
 }
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_set_of_one_dtype_is_four_launches_a_step(case, door, launched):
+def test_a_set_of_one_dtype_is_four_launches_a_step_or_micro_batch(case, door, launched):
     """Whatever groups, options, sizes, alignments and missing buffers it mixes: two for the norm, one for each other pass."""
     lists = make_lists(FITTING, [torch.bfloat16], case)
     if case.op == "restore_sgd_" and len(case.hyper) == 3:
@@ -415,9 +520,22 @@ def test_tables_that_do_not_fit_are_refused_before_anything_is_written():
     assert all(torch.equal(a, b) for a, b in zip(lists.params, before.params, strict=True))
 
 
-def test_accumulators_are_refused():
-    with pytest.raises(NotImplementedError, match="accumulators"):
-        KERNELS["grad_norm"]([torch.ones(1)], accumulators=[torch.ones(1)])
+@pytest.mark.parametrize("case", ACCUMULATED, ids=str)
+def test_accumulators_that_do_not_fit_are_refused_before_anything_is_written(case, door):
+    lists = make_lists(FITTING, [torch.bfloat16], case)
+    before, accumulators = lists.copies(), lists.accumulators
+    halves = [accumulator.bfloat16() for accumulator in accumulators]
+    for wrong in ([], [torch.empty(0)] * len(accumulators), halves, [*accumulators[:-1], accumulators[-1].double()]):
+        lists.accumulators = wrong
+        with pytest.raises(ValueError, match=r"accumulators: expected torch.float32 for tensor \d+"):
+            door(case, lists)
+    lists.accumulators = accumulators
+    if case.op != "restore_accumulate_":
+        without = {name: value for name, value in case.scalars.items() if name != "weight"}
+        with pytest.raises(ValueError, match="accumulators: expected none for tensor 1 because there is no weight"):
+            door(replace(case, scalars=without), lists)
+    for role in (*takes(case), "steps"):
+        assert all(torch.equal(a, b) for a, b in zip(lists.of(role), before.of(role), strict=True))
 
 
 def test_powers_are_rounded_once():

@@ -1,7 +1,8 @@
 """Triton's interpreter, mended: so that results are held to the bits that the compiled kernels are meant to give, and sooner.
 
 Up to Triton 3.8 its fused multiply-add rounds twice, and up to 3.9 an fp32 value becomes bf16 by cutting off its lower half.
-Without these the tests would need a tolerance that also hides a multiply-add written where it should not be.
+Without these the tests would need a tolerance that also hides a multiply-add written where it should not be. And it believes
+whatever a kernel says of an address, which a card would read 16 bytes from.
 """
 
 from __future__ import annotations
@@ -85,6 +86,12 @@ def _cast_impl(self, source, to):
     return _cast(self, source, to)
 
 
+def _set_attribute(self, name, values):
+    if name == "tt.divisibility":
+        assert not any((self.data % value).any() for value in values), f"an address that is said to be a multiple of {values}"
+    self.attr[name] = values
+
+
 _call = InterpretedFunction.__call__
 
 
@@ -100,6 +107,7 @@ def mend(monkeypatch) -> None:
     monkeypatch.setattr(InterpretedFunction, "__call__", _call_device_function)
     monkeypatch.setattr(InterpreterBuilder, "create_fma", _create_fma)
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", _cast_impl)
+    monkeypatch.setattr(interpreter.TensorHandle, "set_attr", _set_attribute)
 
 
 @triton.jit

@@ -27,16 +27,19 @@ def by_lists(case, lists: Lists) -> Result:
     """``case`` through ``KERNELS``. The lists are those of ``cases.FITTING``, which need no fitting."""
     call = Call.of(case, len(lists.params))
     operands = [lists.params, lists.backups, lists.grads, *_state(case, lists).values()]
+    summed = {"accumulators": lists.accumulators}
     if case.op == "grad_norm":
         params = lists.params if any(call.scaling) else []
-        return KERNELS["grad_norm"](lists.grads, params, call.scaling, **call.scalars)
+        return KERNELS["grad_norm"](lists.grads, params, call.scaling, **summed, **call.scalars)
     if case.op == "restore_":
         return KERNELS["restore_"](lists.params, lists.backups)
+    if case.op == "restore_accumulate_":
+        return KERNELS["restore_accumulate_"](*operands, lists.accumulators, **call.scalars, fresh=case.fresh)
     if case.op == "perturb_":
         options = {"groups": call.groups, "scaling": call.scaling, "backup_exists": case.backup_exists}
         return KERNELS["perturb_"](*operands, call.norm, call.hyper, **options, **call.scalars)
     first = {"first": call.first} if case.op == "restore_sgd_" else {}
-    return KERNELS[case.op](*operands, call.hyper, groups=call.groups, **first, **call.scalars)
+    return KERNELS[case.op](*operands, call.hyper, groups=call.groups, **first, **summed, **call.scalars)
 
 
 class Set:
@@ -44,7 +47,7 @@ class Set:
 
     def __init__(self, case, lists: Lists) -> None:
         self.case, self.call = case, Call.of(case, len(lists.params))
-        roles = {"weight": lists.params, "backup": lists.backups, **_state(case, lists)}
+        roles = {"weight": lists.params, "backup": lists.backups, "accumulator": lists.accumulators, **_state(case, lists)}
         self.rows = build_rows(
             roles,
             [param.numel() for param in lists.params],
@@ -55,6 +58,7 @@ class Set:
         )
         assert not self.rows[:, column_of("grad")].any()
         self.cell = torch.full((1,), 7, dtype=torch.int64)
+        self.overflows = torch.full((), 7, dtype=torch.int64)
         self.table = DOOR.table(self.rows, CPU)
 
     def run(self, grads: list[Tensor]) -> Result:
@@ -63,7 +67,8 @@ class Set:
         if case.op == "grad_norm":
             wide = any(grad.dtype == torch.float64 for grad in grads)
             norm, found_inf = torch.full((), 7.0, dtype=torch.float64 if wide else torch.float32), torch.full((), 7.0)
-            DOOR.grad_norm_(self.rows, addresses, norm, found_inf, scalars.get("inv_scale"), self.table)
+            of = {name: scalars.get(name) for name in ("weight", "inv_scale")}
+            DOOR.grad_norm_(self.rows, addresses, norm, found_inf, **of, overflows=self.overflows, table=self.table)
             assert int(self.cell) == 7
             return norm, found_inf
         if case.op == "perturb_":
@@ -71,9 +76,11 @@ class Set:
             DOOR.perturb_(self.rows, addresses, *operands, self.table)
         elif case.op == "restore_":
             DOOR.restore_(self.rows, self.cell, self.table)
+        elif case.op == "restore_accumulate_":
+            DOOR.restore_accumulate_(self.rows, addresses, scalars["weight"], self.cell, case.fresh, self.table)
         else:
             operation = DOOR.restore_sgd_ if case.op == "restore_sgd_" else DOOR.restore_adamw_
-            of = {name: scalars.get(name) for name in ("inv_scale", "found_inf", "clip")}
+            of = {name: scalars.get(name) for name in ("weight", "inv_scale", "found_inf", "clip")}
             operation(self.rows, addresses, call.hyper, self.cell, **of, table=self.table)
         assert int(self.cell) == (case.op == "perturb_")
         return None

@@ -1,7 +1,8 @@
 """The launches: ``ops/door.py``'s operations, a launch for each signature of dtypes that a set has (nearly always one).
 
 A step of a set of one dtype is four launches, however many tensors it has: the chunks' sums of squares, their sum, the
-perturbation, the last pass. Nothing is autotuned: the kernels work in place.
+perturbation, the last pass. So is a micro-batch, which ends with an accumulation instead. Nothing is autotuned: the kernels
+work in place.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ _WARPS = 8
 
 # What a thread reads of each role at a time: two 128-bit accesses of the widest, so that what is on the way suffices to keep
 # the memory busy. The last pass holds everything in registers in the arithmetic's type, which counts as a role there: with 16
-# halves of each, Adam took 200 registers, and a multiprocessor held one program.
+# halves of each, Adam took 200 registers, and a multiprocessor held one program. Accumulators are of that type, and with them
+# Adam takes up to 128: two programs, as without.
 _BYTES_PER_THREAD = 32
 
 _SLOTS_AT_A_TIME = 1024
@@ -34,8 +36,11 @@ def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> No
 
 
 @cache
-def _constants(names: str, dtypes: tuple[torch.dtype, ...], arithmetic: torch.dtype, last_pass: bool = False) -> dict[str, Any]:
-    """What a kernel is compiled for: a dtype for each of ``names``, the arithmetic's type, the block."""
+def _constants(names: str, dtypes: tuple[torch.dtype, ...], arithmetic: torch.dtype, holds_t: bool = False) -> dict[str, Any]:
+    """What a kernel is compiled for: a dtype for each of ``names``, the type T of arithmetic on ``arithmetic``, the block.
+
+    ``holds_t``: T counts as a role.
+    """
     import triton.language as tl
 
     of = {
@@ -46,7 +51,7 @@ def _constants(names: str, dtypes: tuple[torch.dtype, ...], arithmetic: torch.dt
     }
     constants = {name: of[dtype] for name, dtype in zip(names, dtypes, strict=True)}
     constants["T"] = of[arithmetic_dtype(arithmetic)]
-    held = (*dtypes, arithmetic_dtype(arithmetic)) if last_pass else dtypes
+    held = (*dtypes, arithmetic_dtype(arithmetic)) if holds_t else dtypes
     constants["BLOCK"] = _WARPS * 32 * (_BYTES_PER_THREAD // max(dtype.itemsize for dtype in held))
     return constants
 
@@ -94,21 +99,30 @@ class TritonDoor:
         return DeviceTable(rows, device)
 
     def grad_norm_(
-        self, rows: Tensor, grads: Tensor, norm: Tensor, found_inf: Tensor, inv_scale: Tensor | None, table: DeviceTable
+        self,
+        rows: Tensor,
+        grads: Tensor,
+        norm: Tensor,
+        found_inf: Tensor,
+        weight: Tensor | None,
+        inv_scale: Tensor | None,
+        overflows: Tensor | None,
+        table: DeviceTable,
     ) -> None:
         from .kernels_ascent import finish_norm, sum_of_squares
 
+        table.check_accumulators("grad", weight is not None)
         with table.on_device():
             pointers, slots, addresses = table.pointers(), table.slots(), table.grads(grads)
             wide = (0, 0)
             for run in table.runs("grad", "weight") if table.is_scaled else table.runs("grad"):
-                grad, weight = run.dtypes[0], run.dtypes[-1]
+                grad, param = run.dtypes[0], run.dtypes[-1]
                 if grad == torch.float64:  # neighbours: the table is sorted by the gradients' dtypes first
                     wide = (wide[0] if wide[1] else run.chunk, run.chunk + run.chunks)
-                arguments = (*pointers, addresses, slots, inv_scale, *run.place, table.chunks)
-                constants = _constants("GW", (grad, weight), grad)
+                arguments = (*pointers, addresses, slots, weight, inv_scale, *run.place, table.chunks)
+                constants = _constants("GW", (grad, param), grad, holds_t=weight is not None)
                 _launch(sum_of_squares, run.chunks, *arguments, **constants, SCALED=table.is_scaled)
-            _launch(finish_norm, 1, slots, norm, found_inf, table.chunks, *wide, LANES=_SLOTS_AT_A_TIME)
+            _launch(finish_norm, 1, slots, norm, found_inf, overflows, table.chunks, *wide, LANES=_SLOTS_AT_A_TIME)
 
     def perturb_(
         self,
@@ -155,12 +169,27 @@ class TritonDoor:
                 _restore(pointers, run, run.dtypes[0])
         perturbed.fill_(0)
 
+    def restore_accumulate_(
+        self, rows: Tensor, grads: Tensor, weight: Tensor, perturbed: Tensor, fresh: bool, table: DeviceTable
+    ) -> None:
+        from .kernels_ascent import restore_accumulate
+
+        table.check_accumulators("weight", True)
+        with table.on_device():
+            operands = (*table.pointers(), table.grads(grads), weight)
+            for run in table.runs("grad", "weight"):
+                grad, param = run.dtypes
+                constants = _constants("G", (grad,), param, holds_t=True)
+                _launch(restore_accumulate, run.chunks, *operands, *run.place, **constants, BITS=_bits(param), FRESH=fresh)
+        perturbed.fill_(0)
+
     def restore_sgd_(
         self,
         rows: Tensor,
         grads: Tensor,
         hyper: Tensor,
         perturbed: Tensor,
+        weight: Tensor | None,
         inv_scale: Tensor | None,
         found_inf: Tensor | None,
         clip: Tensor | None,
@@ -168,15 +197,16 @@ class TritonDoor:
     ) -> None:
         from .kernels_descent import restore_sgd
 
+        table.check_accumulators("weight", weight is not None)
         with table.on_device():
             factors = _on_device(hyper, schema.SGD_COLUMNS, table, state0="momentum")
-            operands = (*table.pointers(), table.grads(grads), factors, inv_scale, found_inf, clip, table.ticket())
+            operands = (*table.pointers(), table.grads(grads), factors, weight, inv_scale, found_inf, clip, table.ticket())
             runs = table.runs("grad", "weight", "state0")
             for run in runs:
-                grad, weight, state = run.dtypes
+                grad, param, state = run.dtypes
                 ending = table.rows if table.has_first_steps and run is runs[-1] else 0
-                constants = _constants("WGS", (weight, grad, state), weight, last_pass=True)
-                _launch(restore_sgd, run.chunks, *operands, *run.place, ending, **constants, BITS=_bits(weight))
+                constants = _constants("WGS", (param, grad, state), param, holds_t=True)
+                _launch(restore_sgd, run.chunks, *operands, *run.place, ending, **constants, BITS=_bits(param))
             if found_inf is None:
                 table.first_steps_taken()
         perturbed.fill_(0)
@@ -187,6 +217,7 @@ class TritonDoor:
         grads: Tensor,
         hyper: Tensor,
         perturbed: Tensor,
+        weight: Tensor | None,
         inv_scale: Tensor | None,
         found_inf: Tensor | None,
         clip: Tensor | None,
@@ -194,15 +225,16 @@ class TritonDoor:
     ) -> None:
         from .kernels_descent import advance_steps, restore_adamw
 
+        table.check_accumulators("weight", weight is not None)
         with table.on_device():
             factors = _on_device(hyper, schema.ADAM_COLUMNS, table, state2="amsgrad")
-            operands = (*table.pointers(), table.grads(grads), factors, inv_scale, found_inf, clip, table.ticket())
+            operands = (*table.pointers(), table.grads(grads), factors, weight, inv_scale, found_inf, clip, table.ticket())
             runs = table.runs("grad", "weight", "state0", "state1", "state2")
             for run in runs:
-                grad, weight, *state = run.dtypes
+                grad, param, *state = run.dtypes
                 advancing = table.rows if run is runs[-1] else 0
-                constants = _constants("WGMVX", (weight, grad, *state), weight, last_pass=True)
-                _launch(restore_adamw, run.chunks, *operands, *run.place, advancing, **constants, BITS=_bits(weight))
+                constants = _constants("WGMVX", (param, grad, *state), param, holds_t=True)
+                _launch(restore_adamw, run.chunks, *operands, *run.place, advancing, **constants, BITS=_bits(param))
             if not runs and table.rows:
                 _launch(advance_steps, 1, operands[0], found_inf, table.rows)
         perturbed.fill_(0)

@@ -26,6 +26,7 @@ STATE0 = tl.constexpr(column_of("state0"))
 STATE1 = tl.constexpr(column_of("state1"))
 STATE2 = tl.constexpr(column_of("state2"))
 STEP = tl.constexpr(column_of("step"))
+ACCUMULATOR = tl.constexpr(column_of("accumulator"))
 STEP_DTYPE_SHIFT = tl.constexpr(8 * ROLES.index("step"))
 CHUNK_SIZE = tl.constexpr(CHUNK)
 
@@ -121,6 +122,15 @@ def narrowed(values, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def gradient(grad, accumulator, element, mask, share, G, T, ACCUMULATES: tl.constexpr, BLOCK):
+    """The block's gradient in the arithmetic's type; with accumulators, what they hold plus the weighted gradient."""
+    g = widened(read(block_at(grad, element, mask, G, BLOCK), mask), T)
+    if ACCUMULATES:
+        g = accumulated(read(block_at(accumulator, element, mask, T, BLOCK), mask), g, share)
+    return g
+
+
+@triton.jit
 def copy(to, source, begin, end, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """Copies elements as the integers that their bits are, so that a NaN keeps its payload."""
     if to != source:
@@ -213,6 +223,11 @@ def power(base, exponent):
         base, base_low = double_product(base, base_low, base, base_low)
         exponent = exponent >> 1
     return high
+
+
+@triton.jit
+def accumulated(total, g, share):
+    return tl.fma(share, g, total)
 
 
 @triton.jit

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, valid-type"
-"""The kernels of the first pass, and the plain restore. A program works on one chunk of one tensor, in blocks.
+"""The kernels of the first pass, and the restores without a base step. A program works on one chunk of one tensor, in blocks.
 
 Every kernel gets the table of rows, the rows' first chunks, and a range of rows of one signature: the storage dtypes, which are
 constants of the compilation, as is ``T``, the arithmetic's type. What differs within a set (weight decay, momentum, adaptive,
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .element import (
+    ACCUMULATOR,
     BACKUP,
     CHUNK_SIZE,
     GROUP,
@@ -25,6 +26,7 @@ from .element import (
     as_mask,
     block_at,
     copy,
+    gradient,
     is_finite,
     narrowed,
     perturbed,
@@ -42,9 +44,11 @@ from .element import (
 
 
 @triton.jit
-def _values(grad, weight, element, mask, adaptive, inv_scale, G, W, T, SCALED: tl.constexpr, BLOCK):
+def _values(roles, element, mask, constants, G, W, T, SCALED: tl.constexpr, ACCUMULATES, BLOCK):
     """The values whose squares are summed, in fp64: T g inv_scale. Scaled before squaring, in the gradient's arithmetic."""
-    g = widened(read(block_at(grad, element, mask, G, BLOCK), mask), T) * inv_scale
+    grad, weight, accumulator = roles
+    adaptive, share, inv_scale = constants
+    g = gradient(grad, accumulator, element, mask, share, G, T, ACCUMULATES, BLOCK) * inv_scale
     x = g.to(tl.float64)
     if SCALED:
         w = widened(read_if(adaptive, block_at(weight, element, mask, W, BLOCK), mask), T).to(tl.float64)
@@ -75,12 +79,18 @@ def _plus_squares(small, middle, big, x, WIDE: tl.constexpr):
     return small, middle, big
 
 
-@triton.jit(do_not_specialize=["table", "first_chunk", "grads", "slots", "inv_scale", "row", "rows", "chunk", "all_chunks"])
+@triton.jit(
+    do_not_specialize=[
+        *("table", "first_chunk", "grads", "slots", "share", "inv_scale"),
+        *("row", "rows", "chunk", "all_chunks"),
+    ]
+)
 def sum_of_squares(
     table,
     first_chunk,
     grads,
     slots,  # fp64 [3, all_chunks]: of x 2^600, x, x 2^-600
+    share,  # what this micro-batch's gradient is weighted with, beside accumulators; None without
     inv_scale,
     row: tl.int64,
     rows: tl.int64,
@@ -100,20 +110,23 @@ def sum_of_squares(
     numel = tl.load(entry + NUMEL)
     grad = tl.load(grads + row)
     weight = tl.load(entry + WEIGHT) if SCALED else grad
+    ACCUMULATES: tl.constexpr = share is not None
+    accumulator = tl.load(entry + ACCUMULATOR) if ACCUMULATES else grad
     adaptive = as_mask(tl.load(entry + SCALING) == 1)
-    factor = scalar_or_one(inv_scale).to(T)
+    roles = (grad, weight, accumulator)
+    constants = (adaptive, scalar_or_one(share).to(T), scalar_or_one(inv_scale).to(T))
     WIDE: tl.constexpr = G.primitive_bitwidth == 64
 
     end = tl.minimum(numel, begin + CHUNK_SIZE)
-    whole = begin + whole_blocks(end - begin, grad | tl.where(adaptive, weight, grad), BLOCK)
+    whole = begin + whole_blocks(end - begin, grad | accumulator | tl.where(adaptive, weight, grad), BLOCK)
     small, middle, big = _no_squares(BLOCK)
     for element in range(begin, whole, BLOCK):
-        x = _values(grad, weight, element, None, adaptive, factor, G, W, T, SCALED, BLOCK)
+        x = _values(roles, element, None, constants, G, W, T, SCALED, ACCUMULATES, BLOCK)
         small, middle, big = _plus_squares(small, middle, big, x, WIDE)
     rest_small, rest_middle, rest_big = _no_squares(BLOCK // 2)
     for element in range(whole, end, BLOCK // 2):
         mask = rest_mask(element, end, BLOCK)
-        x = _values(grad, weight, element, mask, adaptive, factor, G, W, T, SCALED, BLOCK // 2)
+        x = _values(roles, element, mask, constants, G, W, T, SCALED, ACCUMULATES, BLOCK // 2)
         rest_small, rest_middle, rest_big = _plus_squares(rest_small, rest_middle, rest_big, x, WIDE)
     tl.store(slots + all_chunks + chunk, tl.sum(middle) + tl.sum(rest_middle))
     if WIDE:
@@ -141,26 +154,31 @@ def _slot_sum(slots, begin, end, LANES: tl.constexpr):
     return tl.sum(sums)
 
 
-@triton.jit(do_not_specialize=["slots", "norm", "found_inf", "chunks", "wide_begin", "wide_end"])
+@triton.jit(do_not_specialize=["slots", "norm", "found_inf", "overflows", "chunks", "wide_begin", "wide_end"])
 def finish_norm(
     slots,
     norm,
     found_inf,
+    overflows,
     chunks: tl.int64,
     wide_begin: tl.int64,  # the chunks of fp64 gradients, which alone have three slots
     wide_end: tl.int64,
     LANES: tl.constexpr,
 ):
-    """One program: the slots, in fixed order, become the norm, and 1.0 where that, as it is stored, is not finite."""
+    """One program: the slots, in fixed order, become the norm; where that, as it is stored, is not finite, the flag becomes 1.0
+    and ``overflows`` one more."""
     small = _slot_sum(slots, wide_begin, wide_end, LANES)
     middle = _slot_sum(slots + chunks, 0, chunks, LANES)
     big = _slot_sum(slots + 2 * chunks, wide_begin, wide_end, LANES)
     length = _norm_of(small, middle, big).to(norm.dtype.element_ty)
     tl.store(norm, length)
-    tl.store(found_inf, tl.where(is_finite(length), 0.0, 1.0))
+    finite = is_finite(length)
+    tl.store(found_inf, tl.where(finite, 0.0, 1.0))
+    if overflows is not None:
+        tl.store(overflows, tl.load(overflows) + tl.where(finite, 0, 1))
 
 
-# ---- perturb and restore -------------------------------------------------------------------------------------------------
+# ---- perturb, restore, accumulate ------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -236,3 +254,41 @@ def restore(table, first_chunk, row: tl.int64, rows: tl.int64, chunk: tl.int64, 
     entry = table + row * ROW
     end = tl.minimum(tl.load(entry + NUMEL), begin + CHUNK_SIZE)
     copy(tl.load(entry + WEIGHT), tl.load(entry + BACKUP), begin, end, BITS, BLOCK)
+
+
+@triton.jit
+def _accumulate_block(grad, accumulator, element, mask, share, FRESH: tl.constexpr, G, T, BLOCK):
+    total = gradient(grad, accumulator, element, mask, share, G, T, not FRESH, BLOCK)
+    tl.store(block_at(accumulator, element, mask, T, BLOCK), share * total if FRESH else total, mask=mask)
+
+
+@triton.jit(do_not_specialize=["table", "first_chunk", "grads", "share", "row", "rows", "chunk"])
+def restore_accumulate(
+    table,
+    first_chunk,
+    grads,
+    share,  # what this micro-batch's gradient is weighted with
+    row: tl.int64,
+    rows: tl.int64,
+    chunk: tl.int64,
+    G: tl.constexpr,
+    T: tl.constexpr,
+    BITS: tl.constexpr,
+    FRESH: tl.constexpr,  # accumulators are written and not read: they may hold anything
+    BLOCK: tl.constexpr,
+):
+    chunk += tl.program_id(0)
+    row = row_of(chunk, first_chunk, row, rows)
+    begin = (chunk - tl.load(first_chunk + row)) * CHUNK_SIZE
+    entry = table + row * ROW
+    end = tl.minimum(tl.load(entry + NUMEL), begin + CHUNK_SIZE)
+    copy(tl.load(entry + WEIGHT), tl.load(entry + BACKUP), begin, end, BITS, BLOCK)
+    grad = tl.load(grads + row)
+    accumulator = tl.load(entry + ACCUMULATOR)
+    factor = tl.load(share).to(T)
+    whole = begin + whole_blocks(end - begin, grad | accumulator, BLOCK)
+    for element in range(begin, whole, BLOCK):
+        _accumulate_block(grad, accumulator, element, None, factor, FRESH, G, T, BLOCK)
+    for element in range(whole, end, BLOCK // 2):
+        mask = rest_mask(element, end, BLOCK)
+        _accumulate_block(grad, accumulator, element, mask, factor, FRESH, G, T, BLOCK // 2)

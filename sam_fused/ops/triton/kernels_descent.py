@@ -9,6 +9,7 @@ import triton.language as tl
 
 from ..dtypes import CODES
 from .element import (
+    ACCUMULATOR,
     BACKUP,
     CHUNK_SIZE,
     DTYPES,
@@ -28,6 +29,7 @@ from .element import (
     as_mask,
     block_at,
     copy,
+    gradient,
     is_set,
     narrowed,
     power,
@@ -49,7 +51,7 @@ FLOAT64 = tl.constexpr(CODES[torch.float64])
 
 # Every argument that is no constant of the compilation.
 NOT_SPECIALIZED = (
-    *("table", "first_chunk", "grads", "hyper", "inv_scale", "found_inf", "clip", "ticket"),
+    *("table", "first_chunk", "grads", "hyper", "share", "inv_scale", "found_inf", "clip", "ticket"),
     *("row", "rows", "chunk", "all_rows"),
 )
 
@@ -109,12 +111,12 @@ def sign_of(maximize):
 
 
 @triton.jit
-def _sgd_block(roles, element, mask, constants, options, W, G, S, T, BLOCK):
-    weight, backup, grad, state = roles
-    grad_factor, weight_decay, momentum, one_minus_dampening, negative_lr = constants
+def _sgd_block(roles, element, mask, constants, options, W, G, S, T, ACCUMULATES, BLOCK):
+    weight, backup, grad, accumulator, state = roles
+    share, grad_factor, weight_decay, momentum, one_minus_dampening, negative_lr = constants
     has_weight_decay, has_momentum, running, nesterov = options
     w = widened(read(block_at(backup, element, mask, W, BLOCK), mask), T)
-    g = widened(read(block_at(grad, element, mask, G, BLOCK), mask), T)
+    g = gradient(grad, accumulator, element, mask, share, G, T, ACCUMULATES, BLOCK)
     buffers = block_at(state, element, mask, S, BLOCK)
     v = widened(read_if(running, buffers, mask), T)
     d = sgd_direction(w, g, grad_factor, weight_decay, has_weight_decay)
@@ -130,6 +132,7 @@ def restore_sgd(
     first_chunk,
     grads,
     hyper,  # fp64 [groups, 6]: lr, momentum, dampening, weight_decay, nesterov, maximize
+    share,  # what this micro-batch's gradient is weighted with, beside accumulators; None without
     inv_scale,
     found_inf,
     clip,
@@ -154,6 +157,8 @@ def restore_sgd(
     backup = tl.load(entry + BACKUP)
     state = tl.load(entry + STATE0)
     grad = tl.load(grads + row)
+    ACCUMULATES: tl.constexpr = share is not None
+    accumulator = tl.load(entry + ACCUMULATOR) if ACCUMULATES else grad
     first = tl.load(entry + FIRST_STEP) != 0
     skip = is_set(found_inf)
     if all_rows > 0:
@@ -169,6 +174,7 @@ def restore_sgd(
     nesterov = has_momentum & as_mask(tl.load(group + 4) != 0)
     options = (as_mask(weight_decay != 0), has_momentum, running, nesterov)
     constants = (
+        scalar_or_one(share).to(T),
         (scalar_or_one(inv_scale) * scalar_or_one(clip) * sign_of(tl.load(group + 5))).to(T),
         weight_decay.to(T),
         momentum.to(T),
@@ -178,31 +184,32 @@ def restore_sgd(
     if skip:
         copy(weight, backup, begin, end, BITS, BLOCK)
     else:
-        roles = (weight, backup, grad, state)
-        used = weight | backup | grad | tl.where(has_momentum, state, 0)
+        roles = (weight, backup, grad, accumulator, state)
+        used = weight | backup | grad | accumulator | tl.where(has_momentum, state, 0)
         whole = begin + whole_blocks(end - begin, used, BLOCK)
         for element in range(begin, whole, BLOCK):
-            _sgd_block(roles, element, None, constants, options, W, G, S, T, BLOCK)
+            _sgd_block(roles, element, None, constants, options, W, G, S, T, ACCUMULATES, BLOCK)
         for element in range(whole, end, BLOCK // 2):
             mask = rest_mask(element, end, BLOCK)
-            _sgd_block(roles, element, mask, constants, options, W, G, S, T, BLOCK // 2)
+            _sgd_block(roles, element, mask, constants, options, W, G, S, T, ACCUMULATES, BLOCK // 2)
 
 
 # ---- Adam and AdamW --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _adam_block(roles, element, mask, constants, options, W, G, M, V, X, T, BLOCK):
-    weight, backup, grad, exp_avg, exp_avg_sq, max_exp_avg_sq = roles
+def _adam_block(roles, element, mask, constants, options, W, G, M, V, X, T, ACCUMULATES, BLOCK):
+    weight, backup, grad, accumulator, exp_avg, exp_avg_sq, max_exp_avg_sq = roles
+    share, factors = constants
     grad_factor, weight_decay, one_minus_beta1, beta2, one_minus_beta2, decay_factor, negative_step_size, bias2_sqrt, eps = (
-        constants
+        factors
     )
     coupled, amsgrad = options
     firsts = block_at(exp_avg, element, mask, M, BLOCK)
     seconds = block_at(exp_avg_sq, element, mask, V, BLOCK)
     maxima = block_at(max_exp_avg_sq, element, mask, X, BLOCK)
     w = widened(read(block_at(backup, element, mask, W, BLOCK), mask), T)
-    g = widened(read(block_at(grad, element, mask, G, BLOCK), mask), T)
+    g = gradient(grad, accumulator, element, mask, share, G, T, ACCUMULATES, BLOCK)
     m = widened(read(firsts, mask), T)
     v = widened(read(seconds, mask), T)
     largest = widened(read_if(amsgrad, maxima, mask), T)
@@ -247,6 +254,7 @@ def restore_adamw(
     first_chunk,
     grads,
     hyper,  # fp64 [groups, 8]: lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize
+    share,  # what this micro-batch's gradient is weighted with, beside accumulators; None without
     inv_scale,
     found_inf,
     clip,
@@ -276,6 +284,8 @@ def restore_adamw(
     exp_avg_sq = tl.load(entry + STATE1)
     max_exp_avg_sq = tl.load(entry + STATE2)
     grad = tl.load(grads + row)
+    ACCUMULATES: tl.constexpr = share is not None
+    accumulator = tl.load(entry + ACCUMULATOR) if ACCUMULATES else grad
     step = 1 + _step_of(entry)
     if all_rows > 0:
         last = is_last(ticket)
@@ -287,15 +297,16 @@ def restore_adamw(
     else:
         group = hyper + tl.load(entry + GROUP) * 8
         grad_factor = scalar_or_one(inv_scale) * scalar_or_one(clip) * sign_of(tl.load(group + 7))
-        constants, options = _adam_constants(group, step, grad_factor, T)
-        roles = (weight, backup, grad, exp_avg, exp_avg_sq, max_exp_avg_sq)
-        used = weight | backup | grad | exp_avg | exp_avg_sq | tl.where(options[1], max_exp_avg_sq, 0)
+        factors, options = _adam_constants(group, step, grad_factor, T)
+        constants = (scalar_or_one(share).to(T), factors)
+        roles = (weight, backup, grad, accumulator, exp_avg, exp_avg_sq, max_exp_avg_sq)
+        used = weight | backup | grad | accumulator | exp_avg | exp_avg_sq | tl.where(options[1], max_exp_avg_sq, 0)
         whole = begin + whole_blocks(end - begin, used, BLOCK)
         for element in range(begin, whole, BLOCK):
-            _adam_block(roles, element, None, constants, options, W, G, M, V, X, T, BLOCK)
+            _adam_block(roles, element, None, constants, options, W, G, M, V, X, T, ACCUMULATES, BLOCK)
         for element in range(whole, end, BLOCK // 2):
             mask = rest_mask(element, end, BLOCK)
-            _adam_block(roles, element, mask, constants, options, W, G, M, V, X, T, BLOCK // 2)
+            _adam_block(roles, element, mask, constants, options, W, G, M, V, X, T, ACCUMULATES, BLOCK // 2)
 
 
 @triton.jit(do_not_specialize=["table", "found_inf", "all_rows"])

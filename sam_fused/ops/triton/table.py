@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dtypes import CODES
+from ..dtypes import CODES, arithmetic_dtype
 from ..rows import CHUNK, COLUMNS, FIRST, ROLES, ROW_WORDS, column_of
 from .transfer import is_capturing, to_device
 
@@ -68,6 +68,7 @@ class DeviceTable:
         self.is_scaled = any(row[_SCALING] for row in listed)
         self.has_first_steps = any(row[FIRST] for row in listed)
         self._runs: dict[tuple[str, ...], list[Run]] = {}
+        self._accumulators_fit: set[tuple[str, bool]] = set()
         self._kept: dict[str, Tensor] = {}
         self._number = 0
         self._hyper: dict[int, tuple[Tensor, Tensor]] = {}
@@ -96,6 +97,21 @@ class DeviceTable:
             if row[_NUMEL] and not row[column_of(role)] and used[row[_GROUP]]:
                 return place
         return None
+
+    def check_accumulators(self, deciding: str, wanted: bool) -> None:
+        """Accumulators where there is a weight and only there, in the dtype of arithmetic on the ``deciding`` role: kernels ask
+        for neither."""
+        if (deciding, wanted) in self._accumulators_fit:
+            return
+        for place, row in zip(self._order, self._listed, strict=True):
+            found = _dtype(row, "accumulator") if row[column_of("accumulator")] else "none"
+            expected = arithmetic_dtype(_dtype(row, deciding)) if wanted else "none"
+            if row[_NUMEL] and found != expected:
+                raise ValueError(
+                    f"accumulators: expected {expected} for tensor {place} because there is {'a' if wanted else 'no'} weight, "
+                    f"got {found}: pass a weight and an accumulator for every tensor, in what it is computed in, or neither."
+                )
+        self._accumulators_fit.add((deciding, wanted))
 
     def first_steps_taken(self) -> None:
         """The device has cleared ``first`` everywhere, so nothing needs to be cleared in later steps."""
