@@ -21,6 +21,7 @@ from .ops import backends, checks
 from .ops.fingerprint import PLAIN_TYPES
 from .ops.functional import combined_norm
 from .ops.prepared import TensorSet
+from .optim.compiled import not_traced
 
 
 class Perturbation:
@@ -52,7 +53,7 @@ class Perturbation:
         Raises:
             RuntimeError: a later perturbation of the same memory has not been restored; nothing is written then.
         """
-        self._moved.restore()
+        self._moved.put_back_in_order()
 
     def __enter__(self) -> Perturbation:
         if self._entered or not self.is_perturbed:
@@ -64,11 +65,12 @@ class Perturbation:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if kind is None:
-            self._moved.restore()
+            self._moved.put_back_in_order()
         else:
             self._moved.unwind()
 
 
+@not_traced
 def perturb(
     tensors: Iterable[Tensor],
     grads: Iterable[Tensor | None] | None = None,
@@ -168,7 +170,8 @@ class _Moved:
                 other._above.append(self)
         _perturbed[self._serial] = self
 
-    def restore(self) -> None:
+    @not_traced
+    def put_back_in_order(self) -> None:
         if self.is_perturbed and self._above:
             raise RuntimeError(
                 f"restore(): expected later perturbations of the same tensors to be restored before this one, got "
@@ -176,16 +179,15 @@ class _Moved:
             )
         self._put_back()
 
+    @not_traced
     def unwind(self) -> None:
         """Restores this and, before it, whatever was perturbed on top of it: an error leaves nobody to do it in order."""
-        for later in reversed(self._above[:]):
+        for later in self._above[:]:
             later.unwind()
         self._put_back()
 
     def let_go(self) -> None:
         """The handle is gone: restores now or, if later perturbations hold, after the last of them."""
-        if not self.is_perturbed:
-            return
         anything_moved = bool(self._sets)
         self._handle_is_lost = True
         if not self._above:
@@ -216,7 +218,7 @@ class _Moved:
         _perturbed.pop(self._serial, None)
         self._sets, self._tensors = [], []
         self.is_perturbed = False
-        for below in reversed(list(_perturbed.values())):
+        for below in list(_perturbed.values()):
             if self in below._above:
                 below._above.remove(self)
                 if below._handle_is_lost and not below._above:

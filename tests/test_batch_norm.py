@@ -339,6 +339,7 @@ def test_names_in_a_compiled_model_with_its_prefix_or_without(case, prefixed):
 def test_modules_may_be_passed_themselves():
     model = with_prototypes()
     check_also(model, [model[1], model[2][0]], "", {"1.position_ids", "1.moving_average_of_weights", "2.0.num_batches_tracked"})
+    check_also(model, [model[2], model], "", {"prototypes"})  # not their children's
 
 
 def test_a_part_that_is_compiled_goes_by_either_name_and_either_object():

@@ -9,22 +9,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks.readme import PUBLISHED, rewritten
+from tests.markdown import blocks, run_python_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
-
-
 def test_python_blocks_run_in_order() -> None:
-    namespace: dict[str, object] = {}
-    found = blocks("python")
-    assert len(found) >= 3
-    for block in found:
-        exec(compile(block, "README.md", "exec"), namespace)
-    assert namespace["loss"].item() > 0  # type: ignore[arg-type]
+    assert len(blocks(README, "python")) >= 3
+    namespace = run_python_blocks(ROOT / "README.md")
+    assert namespace["loss"].item() > 0  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("target", ["bench", "test"])
