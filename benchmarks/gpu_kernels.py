@@ -12,6 +12,7 @@ from benchmarks.cases import ParameterSet, make_gradients
 from benchmarks.gpu_measure import Clock, Device, alternating
 from benchmarks.gpu_report import KernelRow
 from sam_fused.ops import schema
+from sam_fused.ops.dtypes import arithmetic_dtype
 from sam_fused.ops.prepared import TensorSet
 
 
@@ -30,10 +31,13 @@ class Operands:
         self.params, self.backups, self.grads, self.averages = fresh(1), fresh(2), fresh(3), fresh(4)
         self.squares = [square.square_() for square in fresh(5)]
         self.steps = [torch.zeros((), device=device) for _ in shapes]
+        self.sums = [sums.to(arithmetic_dtype(dtype)) for sums in fresh(6)]
+        self.weight = torch.full((), 1 / 8, dtype=torch.float64, device=device)
 
     def calls(self, backend: str) -> dict[str, Callable[[], object]]:
         """Each operation on its own set, gradients checked beforehand: what is launched and nothing else."""
         plain = TensorSet(self.params, self.backups, backend=backend)
+        summed = TensorSet(self.params, self.backups, backend=backend, accumulators=self.sums)
         sgd = TensorSet(self.params, self.backups, backend=backend, states=(self.averages,))
         moments: tuple[list[Tensor], ...] = (self.averages, self.squares, [])
         adam = TensorSet(self.params, self.backups, backend=backend, states=moments, steps=self.steps)
@@ -43,11 +47,13 @@ class Operands:
         adamw["beta1"], adamw["beta2"] = adamw.pop("betas")
         adamw_hyper = _table(schema.ADAM_COLUMNS, adamw)
         given, for_sgd, for_adam = plain.checked(self.grads), sgd.checked(self.grads), adam.checked(self.grads)
+        adding = summed.checked(self.grads)
         norm = plain.grad_norm(given)[0].clone()
         return {
             "grad_norm": lambda: plain.grad_norm(given),
             "perturb_": lambda: plain.perturb_(given, norm, rho),
             "restore_": plain.restore_,
+            "restore_accumulate_": lambda: summed.restore_accumulate_(adding, self.weight),
             "restore_sgd_": lambda: sgd.restore_sgd_(for_sgd, sgd_hyper),
             "restore_adamw_": lambda: adam.restore_adamw_(for_adam, adamw_hyper),
         }
@@ -61,6 +67,8 @@ class KernelBench:
 
     def _row(self, backend: str, op: str, accesses: tuple[int, int]) -> KernelRow:
         moved = sum(accesses) * self.dtype.itemsize * self.set.parameters
+        if op == "restore_accumulate_":  # the accumulator is read and written in the dtype of the arithmetic
+            moved += 2 * (arithmetic_dtype(self.dtype).itemsize - self.dtype.itemsize) * self.set.parameters
         return KernelRow(self.set.name, self.name, backend, op, self.set.tensors, self.set.parameters, moved)
 
     def not_measured(self, reason: str) -> list[KernelRow]:

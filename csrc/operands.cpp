@@ -97,15 +97,6 @@ RowList& RowList::backups_have_the_weights_dtype() {
   return *this;
 }
 
-RowList& RowList::accumulators_have_the_arithmetics_dtype(Role deciding) {
-  for (const TensorRow& row : rows_) {
-    const DType wanted = row.dtype(deciding) == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-    STD_TORCH_CHECK(row.address[kAccumulator] == nullptr || row.dtype(kAccumulator) == wanted,
-                    "sam_fused: expected accumulators of the dtype that their tensors are computed in");
-  }
-  return *this;
-}
-
 void RowList::check_length(size_t length) const {
   STD_TORCH_CHECK(length == rows_.size(), "sam_fused: expected lists of one length, got ", length, " and ", rows_.size());
 }
@@ -119,7 +110,6 @@ RowList norm_rows(const Tensors& grads, const Tensors& params, const Ints& scali
   }
   check_role(list.rows(), kGrad);
   if (!params.empty()) check_role(list.rows(), kWeight);
-  list.accumulators_have_the_arithmetics_dtype(kGrad);
   return list;
 }
 
@@ -143,7 +133,7 @@ RowList restore_rows(const Tensors& params, const Tensors& backups, Place place)
 RowList accumulate_rows(const Tensors& params, const Tensors& backups, const Tensors& grads, const Tensors& accumulators,
                         Place place) {
   RowList list = perturb_rows(params, backups, grads, {}, {}, place);
-  list.role(kAccumulator, accumulators).accumulators_have_the_arithmetics_dtype(kWeight);
+  list.role(kAccumulator, accumulators);
   check_role(list.rows(), kAccumulator);
   return list;
 }
@@ -152,7 +142,6 @@ RowList sgd_rows(const Tensors& params, const Tensors& backups, const Tensors& g
                  const Ints& groups, const Ints& first, const Tensors& accumulators, Place place) {
   RowList list = perturb_rows(params, backups, grads, groups, {}, place);
   list.role(kState0, momentum_buffers).role(kAccumulator, accumulators).ints(&TensorRow::first, first);
-  list.accumulators_have_the_arithmetics_dtype(kWeight);
   return list;
 }
 
@@ -161,7 +150,7 @@ RowList adamw_rows(const Tensors& params, const Tensors& backups, const Tensors&
                    const Tensors& accumulators, Place place) {
   RowList list = perturb_rows(params, backups, grads, groups, {}, place);
   list.role(kState0, exp_avgs).role(kState1, exp_avg_sqs).role(kState2, max_exp_avg_sqs).role(kStep, steps);
-  list.role(kAccumulator, accumulators).accumulators_have_the_arithmetics_dtype(kWeight);
+  list.role(kAccumulator, accumulators);
   for (const Role role : {kState0, kState1, kStep}) check_role(list.rows(), role);
   return list;
 }
@@ -209,12 +198,16 @@ void check_state(Rows rows, const double* hyper, int64_t columns, int64_t wanted
   }
 }
 
-void check_accumulators(Rows rows, const MaybeTensor& weight) {
+void check_accumulators(Rows rows, Role deciding, const MaybeTensor& weight) {
   for (int64_t i = 0; i < rows.count; ++i) {
     const TensorRow& row = rows.data[i];
-    STD_TORCH_CHECK(row.numel == 0 || (row.address[kAccumulator] != nullptr) == weight.has_value(),
+    if (row.numel == 0) continue;
+    STD_TORCH_CHECK((row.address[kAccumulator] != nullptr) == weight.has_value(),
                     "sam_fused: expected a weight where there are accumulators and only there, got ",
                     weight.has_value() ? "no accumulator" : "no weight", " for tensor ", i);
+    const DType wanted = row.dtype(deciding) == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    STD_TORCH_CHECK(!weight.has_value() || row.dtype(kAccumulator) == wanted, "sam_fused: expected accumulator ", i,
+                    " of the dtype that its tensor is computed in");
   }
 }
 

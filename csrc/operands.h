@@ -52,8 +52,6 @@ class RowList {
   RowList& role(Role role, const Tensors& tensors);
   RowList& ints(int64_t TensorRow::*field, const Ints& values);
   RowList& backups_have_the_weights_dtype();  // a backup is copied byte by byte
-  // fp64 where the tensor in `deciding` is fp64, else fp32: sums of many micro-batches need what they are computed in.
-  RowList& accumulators_have_the_arithmetics_dtype(Role deciding);
 
   Rows rows() { return {rows_.data(), static_cast<int64_t>(rows_.size())}; }
 
@@ -92,8 +90,9 @@ void check_table(const Tensor& hyper, int64_t columns, Rows rows);
 // State that the base optimizer reads must be there for every tensor whose group asks for it.
 void check_state(Rows rows, const double* hyper, int64_t columns, int64_t wanted_by, Role role);
 
-// The last micro-batch's weight comes with accumulators, or neither does. `rows` have the accumulators' addresses, if any.
-void check_accumulators(Rows rows, const MaybeTensor& weight);
+// The last micro-batch's weight comes with accumulators, or neither does. Those have the dtype that the tensor in `deciding` is
+// computed in (fp64 for fp64, else fp32): sums of many micro-batches need it, and GPU kernels take it for granted.
+void check_accumulators(Rows rows, Role deciding, const MaybeTensor& weight);
 
 // The cell that says whether weights are perturbed: looked up before they move, written after.
 int64_t* cell_of(const Tensor& perturbed);

@@ -43,15 +43,15 @@ const double* table_of(const Tensor& hyper, int64_t columns, Rows rows) {
 }
 
 // The weight of a micro-batch; 1, and ignored, where the rows have no accumulators.
-double weight_of(Rows rows, const MaybeTensor& weight) {
-  check_accumulators(rows, weight);
+double weight_of(Rows rows, Role deciding, const MaybeTensor& weight) {
+  check_accumulators(rows, deciding, weight);
   return value_or(weight, 1);
 }
 
 GradPolicy policy_of(Rows rows, const MaybeTensor& weight, const MaybeTensor& inv_scale, const MaybeTensor& found_inf,
                      const MaybeTensor& clip) {
   GradPolicy policy;
-  policy.weight = weight_of(rows, weight);
+  policy.weight = weight_of(rows, kWeight, weight);
   policy.factor = value_or(inv_scale, 1) * value_or(clip, 1);
   policy.found_inf = value_or(found_inf, 0) != 0;
   return policy;
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor> grad_norm(Tensors grads, Tensors params, Ints scaling
   RowList list = norm_rows(grads, params, scaling, accumulators, Place::cpu());
   Tensor norm = new_scalar(grads.at(0), norm_dtype(grads));
   Tensor found_inf = new_scalar(grads.at(0), ScalarType::Float);
-  set_norm(norm, found_inf, grad_norm(list.rows(), weight_of(list.rows(), weight), value_or(inv_scale, 1)));
+  set_norm(norm, found_inf, grad_norm(list.rows(), weight_of(list.rows(), kGrad, weight), value_or(inv_scale, 1)));
   return {norm, found_inf};
 }
 
@@ -81,7 +81,7 @@ void restore_(Tensors params, Tensors backups) {
 
 void restore_accumulate_(Tensors params, Tensors backups, Tensors grads, Tensors accumulators, Tensor weight, bool fresh) {
   RowList list = accumulate_rows(params, backups, grads, accumulators, Place::cpu());
-  restore_accumulate(list.rows(), value_of(weight), fresh);
+  restore_accumulate(list.rows(), weight_of(list.rows(), kWeight, weight), fresh);
 }
 
 void restore_sgd_(Tensors params, Tensors backups, Tensors grads, Tensors momentum_buffers, Tensor hyper, Ints groups,
@@ -109,7 +109,7 @@ void prepared_grad_norm_(Tensor rows, Tensor grads, Tensor norm, Tensor found_in
                          MaybeTensor overflows, MaybeTensor) {
   const Rows all = rows_of(rows, grads);
   int64_t* count = overflows.has_value() ? cell_of(*overflows) : nullptr;
-  set_norm(norm, found_inf, grad_norm(all, weight_of(all, weight), value_or(inv_scale, 1)));
+  set_norm(norm, found_inf, grad_norm(all, weight_of(all, kGrad, weight), value_or(inv_scale, 1)));
   if (count != nullptr && value_of(found_inf) != 0) ++*count;
 }
 
@@ -129,9 +129,9 @@ void prepared_restore_(Tensor rows, Tensor perturbed, MaybeTensor) {
 
 void prepared_restore_accumulate_(Tensor rows, Tensor grads, Tensor weight, Tensor perturbed, bool fresh, MaybeTensor) {
   const Rows all = rows_of(rows, grads);
-  check_accumulators(all, weight);
+  const double share = weight_of(all, kWeight, weight);
   int64_t* cell = cell_of(perturbed);
-  restore_accumulate(all, value_of(weight), fresh);
+  restore_accumulate(all, share, fresh);
   *cell = 0;
 }
 

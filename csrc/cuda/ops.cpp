@@ -115,16 +115,9 @@ class Session {
     sam_fused::check_state(set_.rows, static_cast<const double*>(hyper.data_ptr()), columns, wanted_by, role);
   }
 
-  // The weight of a micro-batch, there if the rows have accumulators. Kernels take those for the type that the tensor in
-  // `deciding` is computed in and never look at their dtype, which prepared rows may have otherwise.
+  // The weight of a micro-batch, there if the rows have accumulators.
   Scalar weight(const MaybeTensor& weight, Role deciding) const {
-    check_accumulators(set_.rows, weight);
-    for (int64_t i = 0; weight.has_value() && i < set_.rows.count; ++i) {
-      const TensorRow& row = set_.rows.data[i];
-      const DType wanted = row.dtype(deciding) == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-      STD_TORCH_CHECK(row.numel == 0 || row.dtype(kAccumulator) == wanted, "sam_fused: expected accumulator ", i,
-                      " of the dtype that its tensor is computed in");
-    }
+    check_accumulators(set_.rows, deciding, weight);
     return scalar_of(weight, place_);
   }
 

@@ -84,6 +84,7 @@ class Descent:
         """Leaves the weights clean and stepped. If a check fails, nothing has been written; whatever else is thrown,
         ``stepped`` says whether any weight has taken the step."""
         self.stepped = False
+        self._control.grad_norm = None
         if final.skip is not None and final.skip.is_cpu and bool(final.skip):
             # Read here only where reading costs nothing: nothing of the base optimizer, not even its state's creation, happens.
             ascent.restore()
