@@ -431,6 +431,22 @@ def test_a_compiled_model_leaves_the_statistics_of_one_forward(outer):
     assert model[1].num_batches_tracked.item() == 2
 
 
+def test_a_block_inside_a_compiled_function():
+    model = net(momentum=None)
+    plain = copy.deepcopy(model)
+
+    def both(x):
+        outside = model(x).sum()
+        with freeze_batch_norm_stats(model):
+            return outside + model(x + 10).sum()
+
+    compiled = torch.compile(both, backend="aot_eager")
+    for x in batches(2):
+        compiled(x).backward()
+        plain(x)
+    torch.testing.assert_close(buffers(model), buffers(plain))
+
+
 # ---- what may happen to the buffers in between -----------------------------------------------------------------------
 
 

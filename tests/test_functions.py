@@ -494,6 +494,22 @@ def test_the_same_parameters_at_another_address_are_the_same():
     assert_same_bits(model.parameters(), before)
 
 
+class Tagged(torch.Tensor):
+    """A subclass's memory may be anything: it is known by its identity, and served by torch's own calls."""
+
+
+def test_tensors_of_a_subclass():
+    w, before = double([1.0, 2.0]).as_subclass(Tagged), double([1.0, 2.0])
+    outer = perturb([w], [double([3.0, 4.0])], 5.0)
+    assert w.tolist() == pytest.approx([4.0, 6.0], abs=ABS)
+    inner = perturb([w], [double([3.0, 4.0])], 5.0)
+    with pytest.raises(RuntimeError, match="reverse order"):
+        outer.restore()
+    inner.restore()
+    outer.restore()
+    assert torch.equal(w, before) and type(w) is Tagged
+
+
 def test_three_deep_only_the_innermost_may_go():
     w = double([0.0])
     stack = [perturb([w], [double([1.0])], 1.0) for _ in range(3)]

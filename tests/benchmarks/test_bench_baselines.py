@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks import baselines, variants
 from benchmarks.baselines import BASES, RHO, NaiveSAM
@@ -22,6 +20,7 @@ from benchmarks.variants import (
     backend_missing,
     ours,
 )
+from tests.benchmarks.accesses import AccessCounter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,7 +50,7 @@ def trajectory(form: Form, base: str, monkeypatch: pytest.MonkeyPatch) -> list[T
     params = list(make_parameters(SHAPES, 0))
     driver = form.build(params, base)
     for step in range(STEPS):
-        driver.step(make_gradients(SHAPES, 2 * step + 10), make_gradients(SHAPES, 2 * step + 11))
+        driver.step(iter((make_gradients(SHAPES, 2 * step + 10), make_gradients(SHAPES, 2 * step + 11))))
     return [p.detach().clone() for p in params]
 
 
@@ -100,47 +99,6 @@ def test_naive_matches_the_formula_where_the_second_gradient_depends_on_the_asce
     torch.testing.assert_close(p.detach().double(), w, rtol=0, atol=1e-6)
 
 
-class AccessCounter(TorchDispatchMode):
-    """Reads and writes of large tensors, from the operators' schemas: what aliases is written, what is fresh too."""
-
-    # A scalar per tensor and the views behind `p.data` are not traffic.
-    LARGE = 1000
-    UNREAD = ("copy_", "_foreach_copy_", "add.out")  # their first or `out` operand is written only
-    NO_TRAFFIC = ("empty_like", "detach", "alias", "view")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def _large(self, value: object) -> dict[int, int]:
-        return {
-            leaf.data_ptr(): leaf.numel()
-            for leaf in tree_leaves(value)
-            if isinstance(leaf, Tensor) and leaf.numel() >= self.LARGE
-        }
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        name = func.__name__.removesuffix(".default")
-        if name.split(".")[0] in self.NO_TRAFFIC:
-            return result
-        read: dict[int, int] = {}
-        written: dict[int, int] = {}
-        for index, argument in enumerate(func._schema.arguments):
-            value = args[index] if index < len(args) else kwargs.get(argument.name)
-            # The fused optimizers may unscale gradients in place; without a scaler they only read them.
-            mutated = argument.alias_info is not None and argument.alias_info.is_write and argument.name != "grads"
-            if mutated:
-                written |= self._large(value)
-            if not (mutated and name in self.UNREAD):
-                read |= self._large(value)
-        if not any(ret.alias_info for ret in func._schema.returns):
-            written |= self._large(result)
-        self.elements += sum(read.values()) + sum(written.values())
-        return result
-
-
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(("variant", "form"), forms(tuple(variant for variant in BASELINES if variant.name != "torch_compile")))
 def test_documented_accesses_are_those_of_the_operators(variant: Variant, form: Form, base: str) -> None:
@@ -151,9 +109,9 @@ def test_documented_accesses_are_those_of_the_operators(variant: Variant, form: 
     driver = form.build(list(make_parameters(shapes, 0)), base)
     grads = make_gradients(shapes, 1), make_gradients(shapes, 2)
     for _ in range(2):
-        driver.step(*grads)
+        driver.step(iter(grads))
     with AccessCounter() as counter:
-        driver.step(*grads)
+        driver.step(iter(grads))
     assert form.accesses is not None
     assert counter.elements / 4500 == form.accesses + form.base_accesses[base]
 

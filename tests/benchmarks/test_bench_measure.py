@@ -1,7 +1,8 @@
 """Timing, rounds, budgets and memory, on fakes whose figures are known."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 
 import pytest
 import torch
@@ -10,7 +11,18 @@ from torch import Tensor
 from benchmarks import measure, variants
 from benchmarks.baselines import NaiveSAM
 from benchmarks.cases import SETS, make_gradients, make_parameters
-from benchmarks.measure import Gradients, Rounds, alternate, best_form, quartiles, yardstick
+from benchmarks.measure import (
+    Gradients,
+    Pace,
+    Rounds,
+    alternate,
+    best_form,
+    block,
+    quartiles,
+    rounds_of,
+    steps_per_block,
+    yardstick,
+)
 from benchmarks.memory import high_water_mark, peak_bytes
 from benchmarks.report import Row, Target, judge, targets
 from benchmarks.suite import Budget, extra_bytes
@@ -26,11 +38,21 @@ def test_quartiles() -> None:
 
 def test_gradients_change_places_and_are_new_objects_over_the_same_storage() -> None:
     gradients = Gradients.make(SHAPES, 0)
-    steps = [gradients.next() for _ in range(3)]
+    steps = [list(islice(gradients.next(), 2)) for _ in range(3)]
     addresses = [[[g.data_ptr() for g in grads] for grads in step] for step in steps]
     assert addresses[0] == addresses[1][::-1] == addresses[2]
     assert addresses[0][0] != addresses[0][1]
     assert steps[0][0][0] is not steps[2][0][0]
+
+
+def test_many_passes_share_a_few_sets_and_every_step_starts_with_another() -> None:
+    gradients = Gradients.make(SHAPES, 0, 3, torch.bfloat16)
+    addresses = [grads[0].data_ptr() for grads in gradients.sets]
+    assert len(set(addresses)) == 3 and gradients.sets[0][0].dtype == torch.bfloat16
+    first, second = (list(islice(gradients.next(), 7)) for _ in range(2))
+    assert [addresses.index(grads[0].data_ptr()) for grads in first] == [1, 2, 0, 1, 2, 0, 1]
+    assert [addresses.index(grads[0].data_ptr()) for grads in second] == [2, 0, 1, 2, 0, 1, 2]
+    assert first[0][0] is not first[3][0]
 
 
 class FakeGuard:
@@ -88,6 +110,30 @@ def test_a_machine_that_is_never_quiet_gives_marked_figures(guard: Callable[[set
     assert result.ratios == pytest.approx([3.0] * 6)
 
 
+def test_rounds_of_several_take_turns_under_one_guard(guard: Callable[[set[int]], None]) -> None:
+    guard({1})
+    calls: list[str] = []
+    first, second = runs(calls)
+    pace = Pace(warm=0, least=1, trial=1)
+    kept, discarded = rounds_of({"variant": first, "ours": second}, rounds=2, seconds=60, block_seconds=0.001, pace=pace)
+    assert kept == [{"variant": 0.006, "ours": 0.002}] * 2 and len(discarded) == 1
+    assert calls == ["variant", "ours"] * 4
+
+
+def test_a_slow_step_may_be_a_block_by_itself() -> None:
+    calls: list[int] = []
+
+    def slow() -> float:
+        calls.append(1)
+        time.sleep(0.01)
+        return 0.01
+
+    assert steps_per_block(slow, 0.005, least=1) == 1 and len(calls) == 2
+    assert steps_per_block(slow, 0.005) == 3 and len(calls) == 5
+    block(slow, 1, warm=1)
+    assert len(calls) == 7
+
+
 def test_the_deadline_leaves_one_round(guard: Callable[[set[int]], None]) -> None:
     guard(set())
     result = alternate(*runs([]), rounds=5, deadline=0.0, block_seconds=0.002)
@@ -119,7 +165,7 @@ def test_assigning_gradients_is_not_charged(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(variants, "assign_gradients", slow_assign)
     for driver in (PhaseDriver([], Phases()), ClosureDriver([], Closure())):
-        assert 0.01 <= driver.step([], []) < 0.03
+        assert 0.01 <= driver.step(iter(([], []))) < 0.03
 
 
 def test_the_fastest_form_is_kept() -> None:
@@ -127,7 +173,7 @@ def test_the_fastest_form_is_kept() -> None:
         def __init__(self, seconds: float) -> None:
             self.seconds = seconds
 
-        def step(self, first: list[Tensor], second: list[Tensor]) -> float:
+        def step(self, passes: Iterator[list[Tensor]]) -> float:
             return self.seconds
 
     forms = tuple(
@@ -205,7 +251,8 @@ def test_naive_needs_its_clones_and_two_temporaries_of_the_largest_tensors() -> 
 def test_naive_driver_trains(one_thread: None) -> None:
     params = list(make_parameters(SHAPES, 0))
     before = [p.detach().clone() for p in params]
-    seconds = PhaseDriver(params, NaiveSAM(params, "sgd")).step(make_gradients(SHAPES, 1), make_gradients(SHAPES, 2))
+    passes = iter((make_gradients(SHAPES, 1), make_gradients(SHAPES, 2)))
+    seconds = PhaseDriver(params, NaiveSAM(params, "sgd")).step(passes)
     assert seconds > 0
     assert not any(torch.equal(a, b) for a, b in zip(params, before, strict=True))
 
@@ -224,5 +271,6 @@ def test_a_ratio_that_falls_short_is_reported() -> None:
         "foreach_swap": ("not measured", None),
         "torch_compile": ("PASS", 5.0),
     }
+    assert {target.micro_batches for target in judged} == {1}
     assert judge("tiny", "x", 1.0, 2.0, noisy=True).verdict == "too noisy"
     assert judge("tiny", "x", 1.0, 0.999) == Target("tiny", "x", 1.0, 0.999, "short")

@@ -353,15 +353,18 @@ def test_a_watched_base_runs_its_own_step(monkeypatch, backend, base_class, watc
     torch.testing.assert_close(case.params, plain.params, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.cpu_only  # on CUDA it is served: tests/gpu/test_graphs.py
-def test_capturable_adam_is_left_to_torch(backend):
-    case = Regression()
+def test_a_capturable_adam_runs_fused(monkeypatch, backend, form):
+    """Everywhere: on the CPU torch's own step would refuse. It is the step of one that is not capturable."""
+    calls = count_class_steps(monkeypatch, Adam)
+    case, plain = Regression(torch.float32), Regression(torch.float32)
     optimizer = SAM(case.params, Adam, lr=0.01, capturable=True, backend=backend)
-    before = [p.detach().clone() for p in case.params]
-    # torch refuses it on the CPU; what matters is that nothing of ours takes the step, and that the weights are clean.
-    with pytest.raises(AssertionError, match="capturable"):
-        optimizer.step(case.evaluate)
-    assert_same_bits(case.params, before)
+    other = SAM(plain.params, Adam, lr=0.01, backend=backend)
+    assert optimizer.param_groups[0]["capturable"] is True
+    for _ in range(3):
+        take_step(optimizer, form, case.evaluate)
+        take_step(other, form, plain.evaluate)
+    assert not calls
+    assert_same_bits(case.params, plain.params)
 
 
 @pytest.mark.parametrize("base_class", [SGD, RMSprop], ids=lambda c: c.__name__)

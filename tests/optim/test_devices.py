@@ -5,6 +5,7 @@ import torch
 from torch.optim import SGD, Adam
 
 from sam_fused.ops import backends
+from sam_fused.ops.hyper import HyperTable
 from sam_fused.optim import bases, descent
 from sam_fused.optim.bases import FusedState, fused_base
 
@@ -73,20 +74,39 @@ def test_a_scalar_goes_to_the_device_that_reads_it():
     assert descent._on(META, scalar).device == META
 
 
-def test_capturable_bases_run_fused_on_cuda_alone(monkeypatch):
-    base = Adam([torch.nn.Parameter(torch.ones(2))], capturable=True)
-    assert fused_base(base) is None
-    monkeypatch.setattr(bases, "_on_cuda", lambda group: True)
-    assert fused_base(base) is not None
+@pytest.mark.parametrize("capturable", [False, True])
+def test_capturable_bases_run_fused_wherever_their_parameters_are(capturable, params):
+    for held in ([torch.nn.Parameter(torch.ones(2))], params):
+        assert fused_base(Adam(held, capturable=capturable)) is not None
 
 
-def test_a_learning_rate_on_a_device_is_left_to_torch():
-    """Ours would have to wait for it."""
+def test_capturable_is_our_setting_or_the_base_optimizers():
     params = [torch.nn.Parameter(torch.ones(2))]
-    assert fused_base(SGD(params, lr=torch.tensor(0.1))) is not None
-    on_a_device = SGD(params, lr=0.1)
-    on_a_device.param_groups[0]["lr"] = torch.empty((), device=META)
-    assert fused_base(on_a_device) is None
+    assert not descent.is_capturable(descent.Control(), SGD(params, lr=0.1))
+    assert descent.is_capturable(descent.Control(capturable=True), SGD(params, lr=0.1))
+    base = Adam([{"params": params}, {"params": [torch.nn.Parameter(torch.ones(2))]}])
+    assert not descent.is_capturable(descent.Control(), base)
+    base.param_groups[1]["capturable"] = True
+    assert descent.is_capturable(descent.Control(), base)
+
+
+@pytest.mark.parametrize("key", ["lr", "dampening", "weight_decay"])
+def test_hyper_parameters_on_a_device_are_read_from_a_table_there(key):
+    """The host would have to wait for them."""
+    base = SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    base.param_groups[0][key] = there = torch.empty((), device=META)
+    family = fused_base(base)
+    values = family.hyper(base.param_groups[0])
+    place = ("lr", "momentum", "dampening", "weight_decay").index(key)
+    assert values[place] is there and all(isinstance(value, float) for value in values[:place] + values[place + 1 :])
+    assert HyperTable().update([values]).on(META).device == META
+
+
+def test_a_momentum_on_a_device_is_left_to_torch():
+    """Whether there is a momentum buffer at all depends on it."""
+    base = SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    base.param_groups[0]["momentum"] = torch.empty((), device=META)
+    assert fused_base(base) is None
 
 
 def test_a_scalar_that_goes_to_the_cpu_is_waited_for(monkeypatch):
@@ -104,11 +124,12 @@ def test_off_the_cpu_only_compiled_backends_run_the_last_pass_fused(backend, fus
     """The others restore, and let the base optimizer run its own step."""
     monkeypatch.setattr(backends, "choose", lambda device, forced=None: backend)
     asked = descent.Descent(descent.Control(backend=backend))
-    ascent = type("Ascent", (), {"parts": []})()
-    grads = [torch.empty_like(p) for p in params]
+    ascent = type("Ascent", (), {"perturbed_parts": lambda self: []})()
+    final = descent.Final([torch.empty_like(p) for p in params])
     base = SGD(params, lr=0.1)
     prepared = []
     monkeypatch.setattr(descent.Descent, "_build", lambda self, *rest: prepared.append(rest) or [])
     for _ in range(2):  # the second time from memory
-        assert asked._prepare(fused_base(base), base, ascent, params, grads, True) is fused
+        assert asked._prepare(fused_base(base), base, ascent, params, final) is fused
     assert len(prepared) == int(fused)
+    assert asked.is_fused(base, params) is fused
