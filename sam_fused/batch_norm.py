@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from .compiled import not_traced
 from .ops.fingerprint import Fingerprint
 
 _Place = tuple[nn.Module, str]
@@ -61,6 +62,7 @@ class RunningStatistics:
         self._saved = False
 
     @torch.no_grad()
+    @not_traced
     def save(self) -> None:
         """Copies the statistics aside, in place of what was saved before. They are looked for anew: modules may be swapped.
 
@@ -80,6 +82,7 @@ class RunningStatistics:
         self._saved = True
 
     @torch.no_grad()
+    @not_traced
     def put_back(self) -> None:
         """Every saved statistic has its old value again, in place; nothing if nothing was saved since the last call.
 

@@ -17,11 +17,11 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from .compiled import not_traced
 from .ops import backends, checks
 from .ops.fingerprint import PLAIN_TYPES
 from .ops.functional import combined_norm
 from .ops.prepared import TensorSet
-from .optim.compiled import not_traced
 
 
 class Perturbation:
@@ -90,7 +90,9 @@ def perturb(
         >>> with perturb([w], torch.autograd.grad(loss(), [w]), rho=0.5):  # w is (3.3, 1.4) inside
         ...     sharp = torch.autograd.grad(loss(), [w])
 
-    Every call allocates its backup, and ``restore`` frees it; ``sam_fused.SAM`` keeps its own and is faster.
+    Every call allocates its backup, and ``restore`` frees it; ``sam_fused.SAM`` keeps its own and is faster. One that is taken
+    while a SAM optimizer has the same tensors perturbed is to be restored before that one's second pass ends: each brings back
+    what it found.
 
     Args:
         tensors: parameters or plain tensors: leaves, or without ``requires_grad``. Dtypes and devices may be mixed.

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .compiled import not_traced
+
 
 class Randomness:
     """The state of torch's default generators before a first pass, to be set back before the second. Waits for no device.
@@ -32,6 +34,7 @@ class Randomness:
     def is_recorded(self) -> bool:
         return self._cpu is not None
 
+    @not_traced
     def record(self) -> None:
         """Keeps the generators' present state, in place of what was recorded before.
 
@@ -42,6 +45,7 @@ class Randomness:
         cuda = {_numbered(device): torch.cuda.get_rng_state(device) for device in self._devices}
         self._cpu, self._cuda = torch.get_rng_state(), cuda
 
+    @not_traced
     def replay(self) -> None:
         """Sets the generators back to the recorded state; as often as wanted.
 

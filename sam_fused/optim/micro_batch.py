@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sam_fused.compiled import not_traced
+
 from . import batches, groups
 from .accumulation import TOLERANCE, Accumulation
 from .closures import detached, evaluate
-from .compiled import not_traced
 from .descent import Final
 from .sam import SAM, grad_of
 from .state import Control, Move, State

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sam_fused.batch_norm import RunningStatistics
+from sam_fused.compiled import not_traced
 from sam_fused.ops import backends
 from sam_fused.ops.functional import not_all_zero
 from sam_fused.ops.hyper import is_known
@@ -23,7 +24,6 @@ from sam_fused.randomness import Randomness
 from . import groups
 from .arguments import check_limit, check_params, keys_of, own_settings, own_values, refuse_hidden
 from .closures import detached, evaluate
-from .compiled import not_traced
 from .descent import Final, is_capturable
 from .state import Control, Move, State
 from .wrapper import Wrapper
