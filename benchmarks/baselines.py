@@ -40,11 +40,15 @@ class NaiveSAM:
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.base_optimizer.param_groups for p in group["params"] if p.grad is not None]
 
+    def scale(self) -> Tensor:
+        """rho / (|g| + eps)."""
+        norms = [(1.0 * gradient(p)).norm(p=2) for p in self._parameters()]
+        return RHO / (torch.norm(torch.stack(norms), p=2) + PERTURB_EPS)
+
     @torch.no_grad()
     def first_step(self) -> None:
         """w + rho * g / (|g| + eps), the clean weights kept as one clone per tensor."""
-        norms = [(1.0 * gradient(p)).norm(p=2) for p in self._parameters()]
-        scale = RHO / (torch.norm(torch.stack(norms), p=2) + PERTURB_EPS)
+        scale = self.scale()
         for p in self._parameters():
             self.backup[p] = p.data.clone()
             ascent = 1.0 * gradient(p) * scale.to(p)
@@ -75,7 +79,7 @@ class ForeachInPlaceSAM:
         if self.backup is None:
             self.backup = [torch.empty_like(p) for p in self.params]
         grads = [gradient(p) for p in self.params]
-        alpha = _ascent_scale(grads)
+        alpha = ascent_scale(grads)
         torch._foreach_copy_(self.backup, self.params)
         torch._foreach_add_(self.params, grads, alpha=alpha)
 
@@ -106,7 +110,7 @@ class SwapSAM:
     def first_step(self) -> None:
         """Each parameter becomes the perturbed copy."""
         grads = [gradient(p) for p in self.params]
-        alpha = _ascent_scale(grads)
+        alpha = ascent_scale(grads)
         if self.copy == "fresh":
             self.perturbed = list(torch._foreach_add(self.clean, grads, alpha=alpha))
         elif self.copy == "kept":
@@ -158,6 +162,7 @@ def gradient(p: Tensor) -> Tensor:
     return p.grad
 
 
-def _ascent_scale(grads: list[Tensor]) -> float:
+def ascent_scale(grads: list[Tensor]) -> float:
+    """rho / (|g| + eps), as a number: it has to leave torch for one call to multiply and add."""
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     return RHO / (norm.item() + PERTURB_EPS)

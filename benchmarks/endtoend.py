@@ -14,16 +14,24 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.baselines import BASES, RHO, ForeachInPlaceSAM, NaiveSAM, make_base
-from benchmarks.measure import BLOCK_SECONDS, Rounds, block, quartiles, steps_per_block
-from benchmarks.nets import Net
-from benchmarks.noise import NoiseGuard
+from benchmarks.measure import BLOCK_SECONDS, Rounds, quartiles, rounds_of
+from benchmarks.nets import Net, Task
 
 Step = Callable[[], float]
-LossFunction = Callable[[nn.Module], Tensor]
-BASE_OPTIMIZER = "sgd_fused"
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Who trains a net of their own side by side. What is not `plain`, and computes two gradients, is held against twice
+    `base`; `title` is added to the net's."""
+
+    optimizers: dict[str, Callable[[Task], Step]]
+    base: str
+    plain: tuple[str, ...]
+    title: str = ""
 
 
 @dataclass
@@ -50,7 +58,9 @@ class EndToEndRow:
         return asdict(self)
 
 
-def _timed(step: Callable[[], object]) -> Step:
+def timed(step: Callable[[], object]) -> Step:
+    """The step with its seconds."""
+
     def run() -> float:
         start = time.perf_counter()
         step()
@@ -59,52 +69,56 @@ def _timed(step: Callable[[], object]) -> Step:
     return run
 
 
-def _sgd_step(model: nn.Module, loss: LossFunction, **form: bool) -> Step:
-    optimizer = make_base(list(model.parameters()), "sgd", **form)
+def _sgd_step(task: Task, **form: bool) -> Step:
+    optimizer = make_base(list(task.model.parameters()), "sgd", **form)
 
     def step() -> None:
         optimizer.zero_grad()
-        loss(model).backward()
+        task.loss(task.model, *task.batch).backward()
         optimizer.step()
 
-    return _timed(step)
+    return timed(step)
 
 
-def _two_phase_step(model: nn.Module, loss: LossFunction, kind: type[NaiveSAM] | type[ForeachInPlaceSAM]) -> Step:
-    optimizer = kind(list(model.parameters()), "sgd")
+def _two_phase_step(task: Task, kind: type[NaiveSAM] | type[ForeachInPlaceSAM]) -> Step:
+    optimizer = kind(list(task.model.parameters()), "sgd")
 
     def step() -> None:
         optimizer.base_optimizer.zero_grad()
-        loss(model).backward()
+        task.loss(task.model, *task.batch).backward()
         optimizer.first_step()
         optimizer.base_optimizer.zero_grad()
-        loss(model).backward()
+        task.loss(task.model, *task.batch).backward()
         optimizer.second_step()
 
-    return _timed(step)
+    return timed(step)
 
 
-def _fused_step(model: nn.Module, loss: LossFunction) -> Step:
+def _fused_step(task: Task) -> Step:
     from sam_fused import SAM
 
     optimizer_class, settings = BASES["sgd"]
-    optimizer: Any = SAM(list(model.parameters()), optimizer_class, rho=RHO, **settings)
+    optimizer: Any = SAM(list(task.model.parameters()), optimizer_class, rho=RHO, **settings)
 
     def closure() -> Tensor:
-        value = loss(model)
+        value = task.loss(task.model, *task.batch)
         value.backward()
         return value
 
-    return _timed(lambda: optimizer.step(closure))
+    return timed(lambda: optimizer.step(closure))
 
 
-OPTIMIZERS: dict[str, Callable[[nn.Module, LossFunction], Step]] = {
-    "sgd": lambda model, loss: _sgd_step(model, loss),
-    BASE_OPTIMIZER: lambda model, loss: _sgd_step(model, loss, fused=True),
-    "naive_sam": lambda model, loss: _two_phase_step(model, loss, NaiveSAM),
-    "foreach_inplace_sam": lambda model, loss: _two_phase_step(model, loss, ForeachInPlaceSAM),
-    "sam_fused": _fused_step,
-}
+SAM_CONTEST = Contest(
+    {
+        "sgd": _sgd_step,
+        "sgd_fused": lambda task: _sgd_step(task, fused=True),
+        "naive_sam": lambda task: _two_phase_step(task, NaiveSAM),
+        "foreach_inplace_sam": lambda task: _two_phase_step(task, ForeachInPlaceSAM),
+        "sam_fused": _fused_step,
+    },
+    base="sgd_fused",
+    plain=("sgd", "sgd_fused"),
+)
 
 
 def measure_net(
@@ -115,63 +129,49 @@ def measure_net(
     seed: int,
     block_seconds: float = BLOCK_SECONDS,
     on_round: Callable[[], None] = lambda: None,
+    contest: Contest = SAM_CONTEST,
 ) -> list[EndToEndRow]:
     """Each optimizer trains a copy of the net of its own; a round is one block of steps of each, in turn."""
     used_threads = net.threads or threads
     reason = net.why_not()
     if reason is not None:
-        return [EndToEndRow(net.name, net.title, name, net.unit, used_threads, reason=reason) for name in OPTIMIZERS]
+        return [_empty_row(net, contest, name, used_threads, reason) for name in contest.optimizers]
     before = torch.get_num_threads()
     torch.set_num_threads(used_threads)
     try:
         runs = {}
-        for name, make_step in OPTIMIZERS.items():
+        for name, make_step in contest.optimizers.items():
             torch.manual_seed(seed)
-            model, loss = net.make()
-            runs[name] = make_step(model.train(), loss)
-        kept, discarded = _rounds(runs, rounds, seconds, block_seconds, on_round)
+            task = net.make()
+            task.model.train()
+            runs[name] = make_step(task)
+        kept, discarded = rounds_of(runs, rounds, seconds, block_seconds, on_round)
     finally:
         torch.set_num_threads(before)
-    return [_row(net, name, used_threads, kept, discarded) for name in OPTIMIZERS]
+    return [_row(net, contest, name, used_threads, kept, discarded) for name in contest.optimizers]
 
 
-def _rounds(
-    runs: dict[str, Step], rounds: int, seconds: float, block_seconds: float, on_round: Callable[[], None]
-) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    steps = {name: steps_per_block(run, block_seconds) for name, run in runs.items()}
-    kept: list[dict[str, float]] = []
-    discarded: list[dict[str, float]] = []
-    deadline = time.perf_counter() + seconds
-    for _ in range(3 * rounds):
-        guard = NoiseGuard()
-        with guard:
-            figures = {name: block(run, steps[name]) for name, run in runs.items()}
-        (kept if guard.keep else discarded).append(figures)
-        on_round()
-        if len(kept) >= rounds or time.perf_counter() >= deadline:
-            break
-    return kept, discarded
+def _empty_row(net: Net, contest: Contest, name: str, threads: int, reason: str | None = None) -> EndToEndRow:
+    return EndToEndRow(net.name, net.title + contest.title, name, net.unit, threads, reason=reason)
 
 
-def _row(net: Net, name: str, threads: int, kept: list[dict[str, float]], discarded: list[dict[str, float]]) -> EndToEndRow:
+def _row(
+    net: Net,
+    contest: Contest,
+    name: str,
+    threads: int,
+    kept: list[dict[str, float]],
+    discarded: list[dict[str, float]],
+) -> EndToEndRow:
     def pair(figures: dict[str, float]) -> tuple[float, float]:
-        return figures[name], figures[BASE_OPTIMIZER]
+        return figures[name], figures[contest.base]
 
     result = Rounds([pair(figures) for figures in kept], [pair(figures) for figures in discarded])
+    row = _empty_row(net, contest, name, threads)
     low, middle, high = quartiles([seconds for seconds, _ in result.used])
-    over = (statistics.median(result.ratios) / 2 - 1) * 100
-    return EndToEndRow(
-        net.name,
-        net.title,
-        name,
-        net.unit,
-        threads,
-        median_ms=middle * 1e3,
-        q1_ms=low * 1e3,
-        q3_ms=high * 1e3,
-        units_per_s=net.units_per_batch / middle,
-        over_twice_base_percent=None if name in ("sgd", BASE_OPTIMIZER) else over,
-        rounds_kept=len(kept),
-        rounds_discarded=len(discarded),
-        noisy=result.noisy,
-    )
+    row.q1_ms, row.median_ms, row.q3_ms = low * 1e3, middle * 1e3, high * 1e3
+    row.units_per_s = net.units_per_batch / middle
+    if name not in contest.plain:
+        row.over_twice_base_percent = (statistics.median(result.ratios) / 2 - 1) * 100
+    row.rounds_kept, row.rounds_discarded, row.noisy = len(kept), len(discarded), result.noisy
+    return row

@@ -106,7 +106,7 @@ class StepBench:
     def _count(self, row: StepRow, driver: StepDriver) -> None:
         """Launches, where the profiler may count them: a container may forbid it, and the times are known by now."""
         try:
-            counted = launches(lambda: driver.step(*self.gradients.next()), self.device)
+            counted = launches(lambda: driver.step(self.gradients.next()), self.device)
         except Exception as error:
             row.remark = f"launches not counted: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]
             return
@@ -117,7 +117,7 @@ class StepBench:
         """Built, compiled, its buffers allocated: the steps that do so are over."""
         driver = self.build(make)
         for _ in range(WARM_STEPS):
-            driver.step(*self.gradients.next())
+            driver.step(self.gradients.next())
         driver.host.clear()
         return driver
 

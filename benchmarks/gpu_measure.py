@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -91,10 +91,10 @@ class StepDriver:
         self.params, self.optimizer, self.device = params, optimizer, device
         self.host: list[float] = []
 
-    def step(self, first: list[Tensor], second: list[Tensor]) -> float:
+    def step(self, passes: Iterator[list[Tensor]]) -> float:
         """One step; returns its seconds, the device's work included."""
         total = host = 0.0
-        for grads, phase in ((first, "first_step"), (second, "second_step")):
+        for grads, phase in ((next(passes), "first_step"), (next(passes), "second_step")):
             assign_gradients(self.params, grads)
             call = getattr(self.optimizer, phase)
             self.device.wait()

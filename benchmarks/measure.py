@@ -10,8 +10,9 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -22,30 +23,44 @@ from benchmarks.variants import Driver, Form, Variant
 
 # Long enough for two blocks to span some 60 ticks of /proc/stat on two cores: a resolution of under 2 %.
 BLOCK_SECONDS = 0.15
-WARM_STEPS = 2
-TRIAL_STEPS, TRIAL_TURNS = 5, 3
+TRIAL_TURNS = 3
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Steps of a block: how many do not count, how many count at least, how many make one turn of a trial."""
+
+    warm: int = 2
+    least: int = 3
+    trial: int = 5
+
+
+PACE = Pace()
 
 
 @dataclass
 class Gradients:
-    """Two sets of gradient tensors that change places from step to step, as fresh gradients' storages do.
+    """A few sets of gradient tensors that change places from step to step, as fresh gradients' storages do.
 
-    Every step gets new tensor objects over them: nobody may profit from meeting the same object again.
+    Every pass gets new tensor objects over them: nobody may profit from meeting the same object again.
     """
 
-    sets: tuple[list[Tensor], list[Tensor]]
+    sets: tuple[list[Tensor], ...]
     turn: int = 0
 
     @staticmethod
-    def make(shapes: list[tuple[int, ...]], seed: int) -> Gradients:
+    def make(shapes: list[tuple[int, ...]], seed: int, sets: int = 2, dtype: torch.dtype = torch.float32) -> Gradients:
         """Random gradients of these shapes."""
-        return Gradients((make_gradients(shapes, seed + 1), make_gradients(shapes, seed + 2)))
+        return Gradients(tuple(make_gradients(shapes, seed + 1 + number, dtype=dtype) for number in range(sets)))
 
-    def next(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The gradients of pass 1 and pass 2 of the next step."""
-        self.turn ^= 1
-        first, second = self.sets[self.turn], self.sets[1 - self.turn]
-        return [g.detach() for g in first], [g.detach() for g in second]
+    def next(self) -> Iterator[list[Tensor]]:
+        """The gradients of the next step, one list for each pass, made when it is asked for."""
+        self.turn = (self.turn + 1) % len(self.sets)
+        return self._from(self.turn)
+
+    def _from(self, turn: int) -> Iterator[list[Tensor]]:
+        for number in count(turn):
+            yield [g.detach() for g in self.sets[number % len(self.sets)]]
 
 
 @dataclass
@@ -79,9 +94,9 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def block(run: Callable[[], float], steps: int) -> float:
+def block(run: Callable[[], float], steps: int, warm: int = PACE.warm) -> float:
     """Median seconds of `steps` runs after the warm ones. The collector is off: its turn would fall on anyone."""
-    for _ in range(WARM_STEPS):
+    for _ in range(warm):
         run()
     enabled = gc.isenabled()
     gc.disable()
@@ -92,13 +107,14 @@ def block(run: Callable[[], float], steps: int) -> float:
             gc.enable()
 
 
-def steps_per_block(run: Callable[[], float], seconds: float) -> int:
-    """How many runs fill `seconds` of wall clock, at least 3."""
+def steps_per_block(run: Callable[[], float], seconds: float, least: int = PACE.least) -> int:
+    """How many runs fill `seconds` of wall clock, at least `least`."""
     run()
+    timed = min(2, least)
     start = time.perf_counter()
-    run()
-    run()
-    return max(3, round(seconds / max((time.perf_counter() - start) / 2, 1e-6)))
+    for _ in range(timed):
+        run()
+    return max(least, round(seconds / max((time.perf_counter() - start) / timed, 1e-6)))
 
 
 def alternate(
@@ -108,18 +124,20 @@ def alternate(
     deadline: float,
     block_seconds: float = BLOCK_SECONDS,
     on_round: Callable[[], None] = lambda: None,
+    pace: Pace = PACE,
 ) -> Rounds:
     """Rounds until `rounds` were kept, three times as many were tried, or the deadline passed; at least one."""
-    steps = steps_per_block(variant, block_seconds), steps_per_block(ours, block_seconds)
+    steps = steps_per_block(variant, block_seconds, pace.least), steps_per_block(ours, block_seconds, pace.least)
     result = Rounds()
     for number in range(3 * rounds):
         guard = NoiseGuard()
         with guard:
             # Who goes first changes: a machine that slows down within a round favours nobody.
             if number % 2 == 0:
-                pair = block(variant, steps[0]), block(ours, steps[1])
+                pair = block(variant, steps[0], pace.warm), block(ours, steps[1], pace.warm)
             else:
-                pair = tuple(reversed((block(ours, steps[1]), block(variant, steps[0]))))  # type: ignore[assignment]
+                ours_seconds = block(ours, steps[1], pace.warm)
+                pair = block(variant, steps[0], pace.warm), ours_seconds
         (result.kept if guard.keep else result.discarded).append(pair)
         on_round()
         if len(result.kept) >= rounds or time.perf_counter() >= deadline:
@@ -127,19 +145,39 @@ def alternate(
     return result
 
 
+def rounds_of(
+    runs: dict[str, Callable[[], float]],
+    rounds: int,
+    seconds: float,
+    block_seconds: float,
+    on_round: Callable[[], None] = lambda: None,
+    pace: Pace = PACE,
+) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """Rounds in which every run has one block in turn, kept and discarded; as many as `alternate` would try."""
+    steps = {name: steps_per_block(run, block_seconds, pace.least) for name, run in runs.items()}
+    kept: list[dict[str, float]] = []
+    discarded: list[dict[str, float]] = []
+    deadline = time.perf_counter() + seconds
+    for _ in range(3 * rounds):
+        guard = NoiseGuard()
+        with guard:
+            figures = {name: block(run, steps[name], pace.warm) for name, run in runs.items()}
+        (kept if guard.keep else discarded).append(figures)
+        on_round()
+        if len(kept) >= rounds or time.perf_counter() >= deadline:
+            break
+    return kept, discarded
+
+
 def runner(driver: Driver, gradients: Gradients) -> Callable[[], float]:
-    """One step of the driver with the next gradients, made before its clock starts."""
+    """One step of the driver with the next gradients, made outside its clock."""
 
-    def run() -> float:
-        first, second = gradients.next()
-        return driver.step(first, second)
-
-    return run
+    return lambda: driver.step(gradients.next())
 
 
-def build(form: Form, parameter_set: ParameterSet, base: str, seed: int) -> Driver:
+def build(form: Form, parameter_set: ParameterSet, base: str, seed: int, dtype: torch.dtype = torch.float32) -> Driver:
     """The form over parameters of its own."""
-    return form.build(list(make_parameters(parameter_set.shapes(), seed)), base)
+    return form.build(list(make_parameters(parameter_set.shapes(), seed, dtype=dtype)), base)
 
 
 @dataclass(frozen=True)
@@ -152,7 +190,13 @@ class Choice:
 
 
 def best_form(
-    variant: Variant, parameter_set: ParameterSet, base: str, gradients: Gradients, seed: int, forms: int | None = None
+    variant: Variant,
+    parameter_set: ParameterSet,
+    base: str,
+    gradients: Gradients,
+    seed: int,
+    forms: int | None = None,
+    pace: Pace = PACE,
 ) -> Choice:
     """Builds each of the first `forms` forms, keeps the fastest of a short trial in turns; the first run compiles, uncounted.
 
@@ -166,7 +210,7 @@ def best_form(
         run()
     if len(tried) == 1:
         return Choice(tried[0], drivers[0], {})
-    turns = [[block(run, TRIAL_STEPS) for run in runs] for _ in range(TRIAL_TURNS)]
+    turns = [[block(run, pace.trial, pace.warm) for run in runs] for _ in range(TRIAL_TURNS)]
     seconds = [statistics.median(turn[index] for turn in turns) for index in range(len(tried))]
     fastest = seconds.index(min(seconds))
     trials = {form.name: figure * 1e3 for form, figure in zip(tried, seconds, strict=True)}

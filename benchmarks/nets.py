@@ -13,6 +13,15 @@ from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
+class Task:
+    """A network, a batch, and the mean loss of the network over a batch or a part of it: `loss(model, *batch)`."""
+
+    model: nn.Module
+    batch: tuple[Tensor, ...]
+    loss: Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
 class Net:
     """One network: `unit` is what a batch is counted in, `threads` None for the run's own number of threads."""
 
@@ -20,7 +29,7 @@ class Net:
     title: str
     unit: str
     units_per_batch: int
-    make: Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]]
+    make: Callable[[], Task]
     threads: int | None = None
     why_not: Callable[[], str | None] = lambda: None
 
@@ -63,36 +72,59 @@ def tiny_mlp() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(64, 10))
 
 
-def _classifier(network: Callable[[], nn.Module], *shape: int) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
-    inputs, labels = torch.randn(shape), torch.randint(0, 10, (shape[0],))
-    return network(), lambda model: F.cross_entropy(model(inputs), labels)
+class TokenClassifier(nn.Module):
+    """A transformer encoder (arXiv:1706.03762, norm first) over 32 tokens: 4 layers, 128 wide, 4 heads, mean pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(1000, 128)
+        self.positions = nn.Parameter(torch.randn(32, 128) * 0.02)
+        layer = nn.TransformerEncoderLayer(128, 4, 512, dropout=0.0, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[N, 32] -> [N, 10]."""
+        hidden: Tensor = self.encoder(self.embedding(tokens) + self.positions)
+        return self.head(hidden.mean(1))
 
 
-def _vit() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+def _classification(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(model(inputs), labels)
+
+
+def _classifier(network: Callable[[], nn.Module], *shape: int) -> Task:
+    return Task(network(), (torch.randn(shape), torch.randint(0, 10, (shape[0],))), _classification)
+
+
+def _encoder() -> Task:
+    return Task(TokenClassifier(), (torch.randint(0, 1000, (32, 32)), torch.randint(0, 10, (32,))), _classification)
+
+
+def _vit() -> Task:
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
         hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, image_size=64, patch_size=8
     )
-    inputs, labels = torch.randn(16, 3, 64, 64), torch.randint(0, 2, (16,))
 
-    def loss(model: Any) -> Tensor:
+    def loss(model: Any, inputs: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(model(pixel_values=inputs).logits, labels)
 
-    return ViTForImageClassification(config), loss
+    batch = torch.randn(16, 3, 64, 64), torch.randint(0, 2, (16,))
+    return Task(ViTForImageClassification(config), batch, loss)
 
 
-def _gpt() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+def _gpt() -> Task:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(n_layer=6, n_embd=192, n_head=6, vocab_size=8192, n_positions=128, bos_token_id=None, eos_token_id=None)
-    tokens = torch.randint(0, config.vocab_size, (4, 128))
 
-    def loss(model: Any) -> Tensor:
+    def loss(model: Any, tokens: Tensor) -> Tensor:
         logits = model(input_ids=tokens).logits
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
-    return GPT2LMHeadModel(config), loss
+    return Task(GPT2LMHeadModel(config), (torch.randint(0, config.vocab_size, (4, 128)),), loss)
 
 
 def _transformers_missing() -> str | None:
@@ -107,6 +139,7 @@ NETS: dict[str, Net] = {
         Net("resnet20", "ResNet-20, 32x32, batch 32", "images", 32, lambda: _classifier(small_resnet, 32, 3, 32, 32)),
         # Measured: a second thread makes nets as small as this one 3 to 8 times slower.
         Net("tiny_mlp", "9-layer MLP, batch 32", "images", 32, lambda: _classifier(tiny_mlp, 32, 64), threads=1),
+        Net("encoder", "transformer encoder, 128 wide, 4 layers, batch 32 x 32", "sequences", 32, _encoder),
         Net("vit", "ViT, 192 wide, 12 layers, batch 16", "images", 16, _vit, why_not=_transformers_missing),
         Net("gpt2", "GPT-2, 192 wide, 6 layers, 4 x 128", "tokens", 512, _gpt, why_not=_transformers_missing),
     )

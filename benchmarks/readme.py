@@ -1,6 +1,8 @@
-"""Publishes a run: `python -m benchmarks.readme` copies its files to `benchmarks/results/published` and into the README.
+"""Publishes a run: `python -m benchmarks.readme [JSON]` copies its files to `benchmarks/results/published` and into the README.
 
-The figures in the README are never typed: `tests/test_readme.py` holds them to the published files.
+Without an argument that is the run of `benchmarks.throughput`; `benchmarks/results/micro-batch-2threads.json` is the other.
+The figures in the README are never typed: `tests/test_readme.py` and `tests/benchmarks/test_bench_readme.py` hold them to the
+published files.
 """
 
 from __future__ import annotations
@@ -8,16 +10,18 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import SETS
+from benchmarks.micro_batch_readme import micro_batch_section
+from benchmarks.report import ratio_cell, set_title
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu-2threads.json"
 PUBLISHED = RESULTS.parent / "published"
-BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 
 # Columns of the SGD table: a variant and its heading.
 COLUMNS = {
@@ -35,13 +39,6 @@ def _rows(report: dict[str, Any], base: str) -> dict[tuple[str, str], dict[str, 
     return {(row["set"], row["variant"]): row for row in report["rows"] if row["base"] == base}
 
 
-def _ratio(row: dict[str, Any] | None, required: float | None = None) -> str:
-    if row is None or row["ratio_to_ours"] is None:
-        return "-"
-    short = required is not None and row["ratio_to_ours"] < required
-    return f"{row['ratio_to_ours']:.2f}x" + (f" (goal {required:g}x)" if short else "")
-
-
 def _table(report: dict[str, Any], base: str, columns: dict[str, str]) -> list[str]:
     rows = _rows(report, base)
     required = {(target["set"], target["variant"]): target["required"] for target in report["targets"]} if base == "sgd" else {}
@@ -51,10 +48,8 @@ def _table(report: dict[str, Any], base: str, columns: dict[str, str]) -> list[s
         ours = rows.get((name, OURS))
         if ours is None:
             continue
-        cells = [_ratio(rows.get((name, variant)), required.get((name, variant))) for variant in columns]
-        count = "" if "tensors" in SETS[name].title else f", {ours['tensors']} tensors"
-        title = f"{SETS[name].title}{count}, {ours['parameters'] / 1e6:.3g} M parameters"
-        lines.append(f"| {title} | {ours['median_ms']:.3g} | {' | '.join(cells)} |")
+        cells = [ratio_cell(rows.get((name, variant)), required.get((name, variant))) for variant in columns]
+        lines.append(f"| {set_title(SETS[name])} | {ours['median_ms']:.3g} | {' | '.join(cells)} |")
     return lines
 
 
@@ -107,11 +102,31 @@ def section(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def rewritten(readme: str, report: dict[str, Any]) -> str:
+@dataclass(frozen=True)
+class Section:
+    """A part of the README between `<!-- name:begin -->` and `<!-- name:end -->`, and the file that it is written from."""
+
+    name: str
+    stem: str
+    render: Callable[[Any], str]
+    pictures: tuple[str, ...] = (".png",)
+
+    def published(self) -> Any:
+        """The published report, or None where none has been published yet."""
+        path = PUBLISHED / f"{self.stem}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+MEASURED = Section("measured", RESULTS.stem, section)
+MICRO_BATCH = Section("micro-batch", "micro-batch-2threads", micro_batch_section, (".png", "-growth.png"))
+
+
+def rewritten(readme: str, report: Any, part: Section = MEASURED) -> str:
     """The README with the section between its marks replaced."""
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{section(report)}\n{END}{after}"
+    begin, end = f"<!-- {part.name}:begin -->", f"<!-- {part.name}:end -->"
+    before, rest = readme.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{part.render(report)}\n{end}{after}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,10 +135,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = Path(given[0]) if given else RESULTS
     readme = ROOT / "README.md"
     report = json.loads(path.read_text(encoding="utf-8"))
+    part = MICRO_BATCH if "growth" in report else MEASURED
     PUBLISHED.mkdir(exist_ok=True)
-    for suffix in (".json", ".csv", ".png"):
-        shutil.copyfile(path.with_suffix(suffix), PUBLISHED / f"{RESULTS.stem}{suffix}")
-    readme.write_text(rewritten(readme.read_text(encoding="utf-8"), report), encoding="utf-8")
+    for suffix in (".json", ".csv", *part.pictures):
+        shutil.copyfile(path.with_name(path.stem + suffix), PUBLISHED / f"{part.stem}{suffix}")
+    readme.write_text(rewritten(readme.read_text(encoding="utf-8"), report, part), encoding="utf-8")
     return 0
 
 

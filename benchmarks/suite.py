@@ -12,8 +12,10 @@ import torch
 from benchmarks.cases import ParameterSet
 from benchmarks.measure import (
     BLOCK_SECONDS,
+    PACE,
     Choice,
     Gradients,
+    Pace,
     Rounds,
     Yardstick,
     alternate,
@@ -66,6 +68,16 @@ class Progress:
     pair_done: Callable[[], None] = lambda: None
 
 
+@dataclass(frozen=True)
+class Kind:
+    """Of step: SAM's, or micro-batch SAM's. `ours` is what every ratio refers to, `gradient_sets` what its passes share."""
+
+    ours: Variant
+    micro_batches: int = 1
+    gradient_sets: int = 2
+    pace: Pace = PACE
+
+
 @dataclass
 class SetResult:
     """All rows of one parameter set with one base."""
@@ -76,15 +88,16 @@ class SetResult:
 
 
 def extra_bytes(form: Form, parameter_set: ParameterSet, base: str, gradients: Gradients, seed: int) -> int:
-    """Peak of two steps above the parameters and the base optimizer's state; gradients are made before."""
+    """Peak of two steps above the parameters and the base optimizer's state; gradients are made before, of their dtype."""
+    dtype = gradients.sets[0][0].dtype
 
     def run() -> object:
-        driver = build(form, parameter_set, base, seed)
+        driver = build(form, parameter_set, base, seed, dtype)
         for _ in range(2):
-            driver.step(*gradients.next())
+            driver.step(gradients.next())
         return driver
 
-    owned = (1 + BASE_STATE_COPIES[base]) * parameter_set.parameters * torch.float32.itemsize
+    owned = (1 + BASE_STATE_COPIES[base]) * parameter_set.parameters * dtype.itemsize
     return max(0, peak_bytes(run) - owned)
 
 
@@ -98,20 +111,27 @@ class SetBench:
         settings: Settings,
         budget: Budget,
         progress: Progress,
+        kind: Kind | None = None,
     ) -> None:
         self.set, self.base, self.settings, self.budget, self.progress = parameter_set, base, settings, budget, progress
+        self.kind = kind or Kind(headline())
         # Graphs of other sets would be tried first at every call: one code object holds all its compiled forms.
         torch.compiler.reset()
-        self.gradients = Gradients.make(parameter_set.shapes(), settings.seed)
-        self.headline = headline()
-        self.ours = self._choose(self.headline)
+        self.gradients = Gradients.make(parameter_set.shapes(), settings.seed, self.kind.gradient_sets)
+        self.ours = self._choose(self.kind.ours)
         self.ours_run = runner(self.ours.driver, self.gradients)
         self.yardstick = yardstick(parameter_set.parameters, min(5, settings.rounds), settings.block_seconds)
         self.ours_rounds = Rounds()
 
     def _choose(self, variant: Variant) -> Choice:
         limit = self.settings.compile_forms if variant.name == "torch_compile" else None
-        return best_form(variant, self.set, self.base, self.gradients, self.settings.seed, limit)
+        return best_form(variant, self.set, self.base, self.gradients, self.settings.seed, limit, self.kind.pace)
+
+    @property
+    def title(self) -> str:
+        """What is measured, for the command line."""
+        count = self.kind.micro_batches
+        return f"{self.set.name} {self.base}" + (f", {count} micro-batches" if count > 1 else "")
 
     def _empty_row(self, variant: Variant) -> Row:
         return Row(
@@ -125,6 +145,7 @@ class SetBench:
             tensors=self.set.tensors,
             parameters=self.set.parameters,
             threads=torch.get_num_threads(),
+            micro_batches=self.kind.micro_batches,
         )
 
     def _alternate(self, variant: Callable[[], float], ours: Callable[[], float]) -> Rounds:
@@ -136,6 +157,7 @@ class SetBench:
             start + self.budget.share(),
             self.settings.block_seconds,
             self.progress.round_done,
+            self.kind.pace,
         )
         self.budget.charge(time.perf_counter() - start)
         return rounds
@@ -159,7 +181,7 @@ class SetBench:
             self.budget.charge(0.0)
             return row
         compiles = ", compiling first: minutes when its cache is cold" if variant.name == "torch_compile" else ""
-        self.progress.say(f"{self.set.name} {self.base}: {variant.title}{compiles}")
+        self.progress.say(f"{self.title}: {variant.title}{compiles}")
         try:
             choice = self._choose(variant)
         except Exception as error:  # whatever a foreign package or a compiler raises belongs into its row
@@ -178,14 +200,14 @@ class SetBench:
         """Ours, over every round of every pair: the form that the ratios of the other rows refer to."""
         if not self.ours_rounds.used:  # nothing ran beside it
             self.ours_rounds = self._alternate(self.ours_run, self.ours_run)
-        row = self._empty_row(self.headline)
+        row = self._empty_row(self.kind.ours)
         self._fill(row, self.ours.form, [ours for _, ours in self.ours_rounds.used], self.ours_rounds)
         row.ratio_q1 = row.ratio_to_ours = row.ratio_q3 = 1.0
         return row
 
     def foreach_check(self, naive: Variant) -> Target:
         """naive over our foreach backend, side by side: what users without a compiler get must not be a step back."""
-        self.progress.say(f"{self.set.name} {self.base}: foreach backend beside naive")
+        self.progress.say(f"{self.title}: foreach backend beside naive")
         drivers = [self._choose(variant).driver for variant in (naive, by_name_or_headline(FOREACH_ROW))]
         rounds = self._alternate(*(runner(driver, self.gradients) for driver in drivers))
         reached = statistics.median(rounds.ratios)
@@ -204,10 +226,11 @@ def measure_set(
     settings: Settings,
     budget: Budget,
     progress: Progress,
+    kind: Kind | None = None,
 ) -> SetResult:
     """Rows in the order of `variants`, ours first; our foreach backend beside naive where both are asked for."""
     progress.say(f"{parameter_set.name} {base}: gradients, yardsticks")
-    bench = SetBench(parameter_set, base, settings, budget, progress)
+    bench = SetBench(parameter_set, base, settings, budget, progress, kind)
     rows = []
     for variant in variants:
         rows.append(bench.measure(variant))

@@ -40,6 +40,7 @@ class Operands:
         self.squares = [square.square_() for square in fresh(6)]
         self.steps = [torch.zeros(()) for _ in shapes]
         self.norm = torch.ones(())
+        self.sums, self.weight = fresh(7), torch.tensor(0.25)
 
 
 def _calls(operands: Operands, backend: str) -> dict[str, Callable[[], Any]]:
@@ -54,6 +55,7 @@ def _calls(operands: Operands, backend: str) -> dict[str, Callable[[], Any]]:
         "grad_norm": lambda: ops.grad_norm(o.grads, backend=backend),
         "perturb_": lambda: ops.perturb_(o.params, o.backups, o.grads, o.norm, perturb_hyper, backend=backend),
         "restore_": lambda: ops.restore_(o.params, o.backups, backend=backend),
+        "restore_accumulate_": lambda: ops.restore_accumulate_(o.params, o.backups, o.grads, o.sums, o.weight, backend=backend),
         "restore_sgd_": lambda: ops.restore_sgd_(o.params, o.backups, o.grads, o.momenta, sgd_hyper, backend=backend),
         "restore_adamw_": lambda: ops.restore_adamw_(
             o.params, o.backups, o.grads, o.averages, o.squares, [], o.steps, adamw_hyper, backend=backend

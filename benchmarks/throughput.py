@@ -12,34 +12,29 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
 
 from benchmarks.baselines import BASES
 from benchmarks.cases import DEFAULT_SETS, FULL_SETS, SETS
+from benchmarks.command import add_common, check_positive, shown_progress, wide_console
 from benchmarks.endtoend import EndToEndRow, measure_net
 from benchmarks.machine import describe_machine
 from benchmarks.nets import DEFAULT_NETS, FULL_NETS, NETS
 from benchmarks.noise import NoiseGuard
 from benchmarks.plot import write_png
 from benchmarks.report import Row, Target, print_end_to_end, print_rows, print_targets, targets, write_csv, write_json
-from benchmarks.suite import Budget, Progress, Settings, measure_set, pairs_of
+from benchmarks.suite import Budget, Settings, measure_set, pairs_of
 from benchmarks.variants import Variant, all_variants, by_name, headline
 
-RESULTS = Path(__file__).resolve().parent / "results"
 # Whole training steps are timed until this is over; the first round is always finished.
 NET_SECONDS = 14.0
 # AdamW in the default run, to stay within four minutes: ours, naive, the strongest form at stable addresses.
 SHORT_ADAMW = ("naive", "foreach_inplace")
 # The oracle computes in fp64 and is nobody's choice for training: one small set shows what it costs.
 REFERENCE_SETS = ("tiny", "smoke")
-
-TABLE_WIDTH = 160
 
 METHOD = (
     "Optimizer side of one SAM step: time in optimizer code of pass 1 and pass 2, gradients assigned outside the clock "
@@ -62,23 +57,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--bases", nargs="+", choices=list(BASES), help="base optimizers (default: both)")
     made.add_argument("--variants", nargs="+", choices=names, metavar="NAME", help=variants_help)
     made.add_argument("--nets", nargs="*", choices=list(NETS), help="end-to-end networks; none with an empty list")
-    made.add_argument("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
-    made.add_argument("--rounds", type=int, help="rounds to keep per pair (default: 7)")
-    made.add_argument("--seconds", type=float, help="budget for timing the pairs (default: 110; with --full 900)")
     made.add_argument("--full", action="store_true", help="every set, base, variant, form and network")
-    made.add_argument("--smoke", action="store_true", help="a few seconds on one small set: does everything run?")
-    made.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the files go")
-    made.add_argument("--no-plot", action="store_true", help="write no picture")
-    made.add_argument("--seed", type=int, default=0, help="of the random weights and gradients (default: %(default)s)")
+    add_common(made, rounds="7", seconds="110; with --full 900")
     return made
 
 
 def check_arguments(options: argparse.Namespace) -> None:
     """Raises ValueError with one sentence on a number that cannot be meant."""
-    for name in ("threads", "rounds", "seconds"):
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name}: expected a number above 0, got {value}")
+    check_positive(options, ("threads", "rounds", "seconds"))
     if options.full and options.smoke:
         raise ValueError("--full and --smoke: expected at most one of them, got both")
 
@@ -134,16 +120,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     checks: list[Target] = []
     yardsticks: dict[str, dict[str, float]] = {}
     end_to_end: list[EndToEndRow] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bar(*columns, console=console) as bar:
-        task = bar.add_task("starting", total=budget.pairs + len(nets))
-
-        def say(text: str) -> None:
-            bar.update(task, description=text)
-            if not console.is_terminal:  # a log shows no moving bar: a line per pair tells that it lives
-                console.print(f"{time.perf_counter() - started:6.1f} s  {text}")
-
-        progress = Progress(say=say, pair_done=lambda: bar.update(task, advance=1))
+    with shown_progress(console, budget.pairs + len(nets), started) as progress:
         for set_name, base, variants in steps:
             result = measure_set(SETS[set_name], base, variants, settings, budget, progress)
             rows += result.rows
@@ -182,9 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         made.error(str(error))
     torch.set_num_threads(options.threads)
-    console = Console()
-    if console.width < TABLE_WIDTH and not console.is_terminal:
-        console = Console(width=TABLE_WIDTH)  # a log file has no width: the table need not be folded
+    console = wide_console()
     measured = measure(options, console)
     rows: list[Row] = measured["rows"]
     judged: list[Target] = measured["targets"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -28,10 +28,10 @@ BASE_STATE_COPIES = {"sgd": 1, "adamw": 2}
 
 
 class Driver(Protocol):
-    """Runs one SAM step from two sets of gradients and returns the seconds spent in optimizer code."""
+    """Runs one step and returns the seconds spent in optimizer code."""
 
-    def step(self, first: list[Tensor], second: list[Tensor]) -> float:
-        """One step: the gradients of pass 1 and of pass 2, assigned outside the clock."""
+    def step(self, passes: Iterator[list[Tensor]]) -> float:
+        """One step: takes the gradients of one pass after the other, and assigns them outside the clock."""
 
 
 class PhaseOptimizer(Protocol):
@@ -56,8 +56,9 @@ class PhaseDriver:
     def __init__(self, params: list[Tensor], optimizer: PhaseOptimizer) -> None:
         self.params, self.optimizer = params, optimizer
 
-    def step(self, first: list[Tensor], second: list[Tensor]) -> float:
+    def step(self, passes: Iterator[list[Tensor]]) -> float:
         """See `Driver`."""
+        first, second = next(passes), next(passes)
         assign_gradients(self.params, first)
         start = time.perf_counter()
         self.optimizer.first_step()
@@ -75,15 +76,15 @@ class ClosureDriver:
         self.params, self.optimizer = params, optimizer
         self.loss = torch.ones(())
 
-    def step(self, first: list[Tensor], second: list[Tensor]) -> float:
+    def step(self, passes: Iterator[list[Tensor]]) -> float:
         """See `Driver`."""
-        passes = iter((first, second))
+        both = iter((next(passes), next(passes)))
         outside = 0.0
 
         def closure() -> Tensor:
             nonlocal outside
             entered = time.perf_counter()
-            assign_gradients(self.params, next(passes))
+            assign_gradients(self.params, next(both))
             outside += time.perf_counter() - entered
             return self.loss
 
@@ -98,8 +99,9 @@ class PerturbedDriver:
     def __init__(self, params: list[Tensor], optimizer: Any) -> None:
         self.params, self.optimizer = params, optimizer
 
-    def step(self, first: list[Tensor], second: list[Tensor]) -> float:
+    def step(self, passes: Iterator[list[Tensor]]) -> float:
         """See `Driver`."""
+        first, second = next(passes), next(passes)
         assign_gradients(self.params, first)
         start = time.perf_counter()
         with self.optimizer.perturbed():

@@ -61,11 +61,12 @@ def lint(extra: list[str]) -> int:
 
 
 def bench(extra: list[str]) -> int:
-    """python -m benchmarks.throughput, with the arguments"""
+    """python -m benchmarks.throughput, with the arguments; without any, micro-batch SAM in brief as well"""
     environment = prepare("bench")
     install_peers(environment)
     ensure_built(environment)
-    return environment.run("-m", "benchmarks.throughput", *extra)
+    done = environment.run("-m", "benchmarks.throughput", *extra)
+    return done if done or extra else environment.run("-m", "benchmarks.micro_batch", "--brief")
 
 
 def tidy(extra: list[str]) -> int:

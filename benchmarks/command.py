@@ -1,0 +1,58 @@
+"""What the benchmarks' command lines share: console, progress, checks of numbers."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+from benchmarks.suite import Progress
+
+RESULTS = Path(__file__).resolve().parent / "results"
+TABLE_WIDTH = 160
+
+
+def wide_console() -> Console:
+    """A log file has no width: there the tables need not be folded."""
+    console = Console()
+    return console if console.width >= TABLE_WIDTH or console.is_terminal else Console(width=TABLE_WIDTH)
+
+
+@contextmanager
+def shown_progress(console: Console, total: int, started: float) -> Iterator[Progress]:
+    """A bar over `total` pairs; in a log, which shows no moving bar, a line per pair tells that it lives."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=console) as bar:
+        task = bar.add_task("starting", total=total)
+
+        def say(text: str) -> None:
+            bar.update(task, description=text)
+            if not console.is_terminal:
+                console.print(f"{time.perf_counter() - started:6.1f} s  {text}")
+
+        yield Progress(say=say, pair_done=lambda: bar.update(task, advance=1))
+
+
+def add_common(made: argparse.ArgumentParser, rounds: str, seconds: str) -> None:
+    """The arguments that both throughput benchmarks take; `rounds` and `seconds` describe their defaults."""
+    made.add_argument("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
+    made.add_argument("--rounds", type=int, help=f"rounds to keep per pair (default: {rounds})")
+    made.add_argument("--seconds", type=float, help=f"budget for timing the pairs (default: {seconds})")
+    made.add_argument("--smoke", action="store_true", help="a few seconds on one small set: does everything run?")
+    made.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the files go")
+    made.add_argument("--no-plot", action="store_true", help="write no picture")
+    made.add_argument("--seed", type=int, default=0, help="of the random weights and gradients (default: %(default)s)")
+
+
+def check_positive(options: argparse.Namespace, names: Iterable[str]) -> None:
+    """Raises ValueError with one sentence on a number that cannot be meant."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and any(number <= 0 for number in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"--{name}: expected a number above 0, got {value}")
