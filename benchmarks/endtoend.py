@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines import BASES, RHO, ForeachInPlaceSAM, NaiveSAM, make_base
-from benchmarks.measure import BLOCK_SECONDS, Rounds, quartiles, rounds_of
+from benchmarks.measure import BLOCK_SECONDS, PACE, Pace, Rounds, quartiles, rounds_of
 from benchmarks.nets import Net, Task
 
 Step = Callable[[], float]
@@ -32,6 +32,7 @@ class Contest:
     base: str
     plain: tuple[str, ...]
     title: str = ""
+    pace: Pace = PACE
 
 
 @dataclass
@@ -145,7 +146,7 @@ def measure_net(
             task = net.make()
             task.model.train()
             runs[name] = make_step(task)
-        kept, discarded = rounds_of(runs, rounds, seconds, block_seconds, on_round)
+        kept, discarded = rounds_of(runs, rounds, seconds, block_seconds, on_round, contest.pace)
     finally:
         torch.set_num_threads(before)
     return [_row(net, contest, name, used_threads, kept, discarded) for name in contest.optimizers]

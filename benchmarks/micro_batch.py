@@ -50,7 +50,7 @@ REQUIRED: dict[str, dict[str, float]] = {
     "lora": {"naive": 4.0, "foreach_inplace": 4.0, "foreach_swap": 2.0},
     "tiny": {"naive": 8.0, "foreach_inplace": 3.0, "foreach_swap": 3.0},
 }
-NET_SECONDS = 12.0
+NET_SECONDS = 10.0
 
 METHOD = (
     "Optimizer side of one micro-batch SAM step: time in optimizer code with the base step and the clearing of gradients, "

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.baselines import BASES, RHO, make_base
 from benchmarks.endtoend import Contest, Step, timed
+from benchmarks.measure import Pace
 from benchmarks.micro_batch_baselines import (
     ForeachInPlaceMicroBatchSAM,
     NaiveMicroBatchSAM,
@@ -89,4 +90,5 @@ def contest(micro_batches: int) -> Contest:
         base="sgd_fused_accumulation",
         plain=("sgd_fused_accumulation",),
         title=f", {micro_batches} micro-batches",
+        pace=Pace(warm=1, least=2),
     )
