@@ -58,7 +58,7 @@ class Accumulation:
         self._sums: tuple[list[bool], list[Tensor | None]] | None = None
         self._weights: OrderedDict[tuple[float, torch.device], Tensor] = OrderedDict()
         self._holds: list[bool] = []
-        self._exposed: list[tuple[Tensor, int] | None] = []
+        self._exposed: list[Tensor | None] = []
         self.count = 0
         self.weight = 0.0
 
@@ -128,21 +128,19 @@ class Accumulation:
         sums = self.accumulators(params)
         for param, total in zip(params, sums, strict=True):
             param.grad = total if total is None or total.dtype == param.dtype else total.to(param.dtype)
-        grads = [param.grad for param in params]
-        self._exposed = [None if grad is None else (grad, grad._version) for grad in grads]
+        self._exposed = [param.grad for param in params]
 
-    def gradients(self, params: list[Tensor], unscaled: bool) -> list[Tensor | None]:
-        """The step's gradients: what ``.grad`` holds, or, where nobody has written there, the sum that it was rounded from.
-
-        ``unscaled``: by a scaler, which leaves no trace in version counters.
-        """
+    def gradients(self, params: list[Tensor]) -> list[Tensor | None]:
+        """The step's gradients: what ``.grad`` holds, or, element by element, the sum that it was rounded from where it still
+        holds that. By value: neither a scaler nor who writes through ``.data`` leaves a trace in version counters."""
         grads = [param.grad for param in params]
-        if unscaled or len(self._exposed) != len(params):
+        if len(self._exposed) != len(params):
             return grads
-        sums = self.accumulators(params)
         return [
-            total if seen is not None and grad is seen[0] and grad._version == seen[1] else grad
-            for grad, seen, total in zip(grads, self._exposed, sums, strict=True)
+            grad
+            if grad is None or total is None or grad is not seen or grad.dtype == total.dtype
+            else _where_unwritten(grad, total)
+            for grad, seen, total in zip(grads, self._exposed, self.accumulators(params), strict=True)
         ]
 
     # ---- sets ----------------------------------------------------------------------------------------------------------------
@@ -189,3 +187,9 @@ class Accumulation:
         self._params, self._sums = [], None
         self._weights.clear()
         self._buffers.release()
+
+
+def _where_unwritten(grad: Tensor, total: Tensor) -> Tensor:
+    """The sum, but ``grad`` where that is not the sum's rounding any more."""
+    rounded = total.to(grad.dtype)
+    return torch.where((grad == rounded) | (grad.isnan() & rounded.isnan()), total, grad.to(total.dtype))

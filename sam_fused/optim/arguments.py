@@ -89,8 +89,11 @@ def own_values(kwargs: dict[str, Any], names: dict[str, str], params: Any, base_
     return values
 
 
+# None is a value that a base optimizer with a limit of its own must see.
+NOT_GIVEN: Any = object()
+
 # SAM's settings that no group holds, as they are when nothing is said.
-_NO_SETTINGS = {"max_grad_norm": None, "model": None, "same_dropout": False, "capturable": False}
+_NO_SETTINGS = {"max_grad_norm": NOT_GIVEN, "model": None, "same_dropout": False, "capturable": False}
 
 
 def own_settings(kwargs: dict[str, Any], settings: dict[str, Any], base_keys: set[str]) -> dict[str, Any]:
@@ -101,6 +104,8 @@ def own_settings(kwargs: dict[str, Any], settings: dict[str, Any], base_keys: se
         if value is not _NO_SETTINGS[name]:
             kwargs[name] = value
         settings[name] = kwargs.pop(groups.PREFIX + name, _NO_SETTINGS[name])
+    if settings["max_grad_norm"] is NOT_GIVEN:
+        settings["max_grad_norm"] = None
     return settings
 
 
@@ -108,8 +113,11 @@ def check_limit(value: Any) -> None:
     """Refuses a ``max_grad_norm`` that is none. What is on a device is not looked at: that would be waited for."""
     if value is None or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_cpu):
         return
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not (is_number or (isinstance(value, Tensor) and value.numel() == 1)) or not float(value) > 0:
+    if isinstance(value, Tensor):
+        is_number = value.numel() == 1 and value.dtype != torch.bool and not value.is_complex()
+    else:
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not float(value) > 0:
         raise ValueError(f"max_grad_norm: expected a number above 0 or None, got {value!r}: use for example 1.0.")
 
 

@@ -63,9 +63,12 @@ def _cut(value: Any, begin: int, size: int) -> Any:
     if isinstance(value, Tensor):
         return value.narrow(0, begin, size) if value.dim() else value
     if isinstance(value, Mapping):
-        cut = copy.copy(value)  # keeps the type: tokenizers return mappings with attributes
+        # A copy keeps the type: tokenizers return mappings with attributes. Of a class that does not say how it is copied, the
+        # copy would share what it holds with the batch.
+        keeps_its_own = isinstance(value, dict) or hasattr(type(value), "__copy__")
+        cut: Any = copy.copy(value) if keeps_its_own else {}
         for key, entry in value.items():
-            cut[key] = _cut(entry, begin, size)  # type: ignore[index]
+            cut[key] = _cut(entry, begin, size)
         return cut
     if isinstance(value, tuple):
         entries = [_cut(entry, begin, size) for entry in value]

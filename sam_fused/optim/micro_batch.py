@@ -61,6 +61,9 @@ class MicroBatchSAM(SAM):
         ValueError: ``num_micro_batches`` is not a whole number above 0.
     """
 
+    _BLOCK = "micro_batch(weight=...)"
+    _KEEPING_GRADIENTS = "micro_batch() to run both passes by hand"
+
     def __init__(
         self,
         params: Iterable[Any] | Optimizer,
@@ -202,6 +205,7 @@ class MicroBatchSAM(SAM):
         try:
             with self._perturbed_until_error(same_step=self._accumulation.count > 0):
                 self._control.groups_read = False
+                self._control.note_first([])
                 yield
                 if not self._has_gradients():
                     raise RuntimeError(
@@ -209,6 +213,7 @@ class MicroBatchSAM(SAM):
                         "forward and backward() of the micro-batch in it."
                     )
                 self._add(float(weight))
+            self._control.groups_read = False  # the sum is still to come
             self._clear_gradients()
             if self._accumulation.is_complete:
                 self._accumulation.expose(self._params())
@@ -258,15 +263,14 @@ class MicroBatchSAM(SAM):
         else:
             self._add(weight)
             accumulation.expose(params)
-            self._base_step(Final(accumulation.gradients(params, unscaled=False), wide=True))
+            self._base_step(Final(accumulation.accumulators(params), wide=True))
         self._clear_gradients()
 
     @not_traced
     def _base_step(self, final: Final | None = None) -> None:
         if final is None and self._accumulation.count:
             scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
-            unscaled = scale is None and found_inf is not None
-            grads = self._accumulation.gradients(self._params(), unscaled)
+            grads = self._accumulation.gradients(self._params())
             wide = any(g is not None and g.dtype != p.dtype for g, p in zip(grads, self._params(), strict=True))
             final = Final(grads, wide=wide, grad_scale=scale, found_inf=found_inf)
         super()._base_step(final)

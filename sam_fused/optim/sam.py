@@ -22,7 +22,7 @@ from sam_fused.ops.metrics import PerturbationMetrics
 from sam_fused.randomness import Randomness
 
 from . import groups
-from .arguments import check_limit, check_params, keys_of, own_settings, own_values, refuse_hidden
+from .arguments import NOT_GIVEN, check_limit, check_params, keys_of, own_settings, own_values, refuse_hidden
 from .closures import detached, evaluate
 from .descent import Final, is_capturable
 from .state import Control, Move, State
@@ -116,6 +116,11 @@ class SAM(Wrapper):
     # The scaler leaves unscaling and skipping to `step`; otherwise it would skip `step` after an overflow in the second
     # pass, and the weights would stay perturbed.
     _step_supports_amp_scaling = True
+    _BLOCK = "perturbed()"  # of the second pass by hand
+    _KEEPING_GRADIENTS = (
+        "step(closure, first_pass_done=True) to use them as the first pass, perturbed() to run both passes by hand, or "
+        "MicroBatchSAM to perturb along each chunk of an accumulated batch"
+    )
 
     def __init__(
         self,
@@ -126,7 +131,7 @@ class SAM(Wrapper):
         *,
         perturb: bool = groups.DEFAULTS["perturb"],
         perturb_eps: float = groups.DEFAULTS["perturb_eps"],
-        max_grad_norm: float | Tensor | None = None,
+        max_grad_norm: float | Tensor | None = NOT_GIVEN,
         model: nn.Module | None = None,
         same_dropout: bool = False,
         capturable: bool = False,
@@ -159,8 +164,8 @@ class SAM(Wrapper):
         for group in base.param_groups:
             check_params(group["params"])
         names = refuse_hidden(base, names, {name: value for name, value in values.items() if name in asked})
-        groups.fill(base, names, values)
         check_limit(settings["max_grad_norm"])
+        groups.fill(base, names, values)
         self._attach(base, names, values, Control(backend=backend, track_perturbation=track_perturbation, **settings))
 
     # ---- settings and readings ---------------------------------------------------------------------------------------
@@ -279,6 +284,7 @@ class SAM(Wrapper):
         self._control.require(Move.PERTURBED)
         with self._perturbed_until_error():
             self._control.groups_read = False
+            self._control.note_first([])
             yield
             self._ascent.restore()
             self._settle(State.READY)
@@ -294,6 +300,7 @@ class SAM(Wrapper):
             self._ascend()
             self._control.state = State.PERTURBED
             self._control.groups_read = False
+            self._control.note_first([] if zero_grad else list(map(grad_of, self._params())))
         except BaseException:  # an interrupt between the two lines, too
             self._give_up()
             raise
@@ -448,7 +455,7 @@ class SAM(Wrapper):
         if "found_inf" in self.__dict__:
             raise RuntimeError(
                 "step(closure): expected gradients without a loss scale, got a closure through GradScaler.step: run the two "
-                "backward passes by hand, `scaler.scale(loss).backward()`, `with optimizer.perturbed(): "
+                f"backward passes by hand, `scaler.scale(loss).backward()`, `with optimizer.{self._BLOCK}: "
                 "scaler.scale(loss_fn()).backward()`, then `scaler.step(optimizer)`."
             )
 
@@ -480,8 +487,7 @@ class SAM(Wrapper):
                 return
         raise RuntimeError(
             "step(closure): expected no gradients but those of the previous step, because the first pass clears them, got "
-            f"{len(fresh) or 'other'} fresh ones: call zero_grad() to drop them, step(closure, first_pass_done=True) to use "
-            "them as the first pass, or perturbed() to run both passes by hand."
+            f"{len(fresh) or 'other'} fresh ones: call zero_grad() to drop them, or {self._KEEPING_GRADIENTS}."
         )
 
 

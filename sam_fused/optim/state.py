@@ -59,7 +59,7 @@ TABLE: dict[Move, dict[State, str | None]] = {
         ACCUMULATED=_COMPLETE,
     ),
     Move.STEP: _refused_when(
-        CLEAN="pass a closure, use perturbed() or first_step() before it, or set enabled = False for a base step",
+        CLEAN="pass a closure, use perturbed(), first_step() or micro_batch() before it, or set enabled = False for a base step",
         INSIDE=_LEAVE,
         ACCUMULATED=_COMPLETE,
     ),
@@ -111,8 +111,11 @@ class Control:
     # The gradients that the last step left on the parameters. Weak: they must not keep a gradient alive.
     left: list[weakref.ref[Tensor] | None] = field(default_factory=list)
     left_versions: list[int] = field(default_factory=list)
-    # Whether anybody has asked SAM for its parameter groups since the second pass began, as GradScaler.unscale_ does.
+    # Whether anybody has asked SAM for its parameter groups when the second pass's gradients were there, as GradScaler.unscale_
+    # does; and the first pass's, which first_step() leaves.
     groups_read: bool = False
+    first: list[weakref.ref[Tensor]] = field(default_factory=list)
+    first_version: int = 0  # of the first of them: what is added to one, or zeroed, is to all
     # What surrounds the second pass: the model's running statistics, the first pass's random numbers.
     statistics: Any = None
     randomness: Any = None
@@ -121,6 +124,24 @@ class Control:
     def settings(self) -> dict[str, Any]:
         """What the constructor was told and may have been changed since: all that outlives a pickle."""
         return {name: getattr(self, name) for name in SETTINGS}
+
+    def note_reader(self, param_groups: list[dict[str, Any]]) -> None:
+        """Somebody asks for the groups. That counts once there is a gradient which the first pass has not left: what is
+        unscaled before the second backward is not what the step is taken with."""
+        if self.groups_read or self.state is State.CLEAN:
+            return
+        known = {id(grad): grad for reference in self.first if (grad := reference()) is not None}
+        present = [param.grad for group in param_groups for param in group["params"] if param.grad is not None]
+        same = all(id(grad) in known for grad in present)
+        if same and present and self.first and (first := self.first[0]()) is not None:
+            same = first._version == self.first_version
+        self.groups_read = bool(present) and not same
+
+    def note_first(self, grads: list[Tensor | None]) -> None:
+        """The gradients that the first pass leaves on the parameters while the weights are perturbed."""
+        present = [grad for grad in grads if grad is not None]
+        self.first = list(map(weakref.ref, present))
+        self.first_version = present[0]._version if present else 0
 
     def remember(self, grads: list[Tensor | None]) -> None:
         """These gradients may be cleared by the next step: nothing is lost with them."""

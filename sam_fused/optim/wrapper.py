@@ -37,7 +37,7 @@ class Wrapper(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        self._control.groups_read = True
+        self._control.note_reader(self.base_optimizer.param_groups)
         return self.base_optimizer.param_groups
 
     @param_groups.setter
