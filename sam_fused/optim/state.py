@@ -59,7 +59,8 @@ TABLE: dict[Move, dict[State, str | None]] = {
         ACCUMULATED=_COMPLETE,
     ),
     Move.STEP: _refused_when(
-        CLEAN="pass a closure, use perturbed(), first_step() or micro_batch() before it, or set enabled = False for a base step",
+        CLEAN="pass a closure, call first_step() or use a perturbed() or micro_batch() block before it, or set enabled = False "
+        "for a base step",
         INSIDE=_LEAVE,
         ACCUMULATED=_COMPLETE,
     ),
