@@ -91,6 +91,12 @@ class Accumulation:
         adding = self._adding(ascent, params, grads)
         checked = [part.tensors.checked(part.pick(grads)) for part in adding.parts]
         ascending = ascent.perturbed_parts()
+        if adding.left_over:
+            # First, and whole: an operation below clears the cell that it shares with tensors which it does not restore.
+            for part in adding.left_over:
+                part.tensors.restore_()
+            for part in adding.parts:
+                part.tensors.perturbed.fill_(1)
         for part, chosen in zip(adding.parts, checked, strict=True):
             holds = part.pick(self._holds) if self._holds else []
             if any(holds) and not all(holds):
@@ -98,8 +104,6 @@ class Accumulation:
                     if not holding:
                         accumulator.zero_()
             part.tensors.restore_accumulate_(chosen, self.weight_on(weight, part.device), fresh=not any(holds))
-        for part in adding.left_over:
-            part.tensors.restore_()
         for part in ascending:
             part.tensors.perturbed.zero_()
         if self._holds:
@@ -117,6 +121,7 @@ class Accumulation:
         """The sums, None where no micro-batch had a gradient."""
         if self._sums is None or self._sums[0] != self._holds:
             holding = [param for param, holds in zip(params, self._holds, strict=True) if holds]
+            self._refuse_new_memory(holding)
             views = iter(self._buffers.views(holding))
             self._sums = list(self._holds), [next(views) if holds else None for holds in self._holds]
         return self._sums[1]
@@ -163,6 +168,8 @@ class Accumulation:
 
     def _build(self, ascent: Ascent, params: list[Tensor], grads: list[Tensor | None]) -> _Adding:
         present = [index for index, grad in enumerate(grads) if grad is not None]
+        if self._holds:
+            self._refuse_new_memory([param for param, holds in zip(params, self._holds, strict=True) if holds])
         # All at once, so that they share a buffer.
         sums = dict(zip(present, self._buffers.views([params[index] for index in present]), strict=True))
         parts = []
@@ -176,6 +183,14 @@ class Accumulation:
         adding = {id(params[index]) for index in present}
         left_over = [part for part in ascent.perturbed_parts() if not adding.issuperset(map(id, part.tensors.params))]
         return _Adding(parts, left_over, [grad is not None for grad in grads])
+
+    def _refuse_new_memory(self, holding: list[Tensor]) -> None:
+        """What was added up lies in the arrangement that the parameters had: in another it would have to be allocated anew."""
+        if not self._buffers.has_all(holding):
+            raise RuntimeError(
+                "micro-batches: expected parameters of one dtype, device and memory format throughout a step, got some "
+                "converted between two micro-batches: convert the model between steps."
+            )
 
     @property
     def nbytes(self) -> int:

@@ -43,6 +43,10 @@ class FlatBuffers:
             self._allocate(tensors, device, dtype)
         return [self._views[id(p)][1] for p in params]
 
+    def has_all(self, params: Sequence[Tensor]) -> bool:
+        """Whether each of them has one, laid out as it is now."""
+        return all(map(self._has, params))
+
     def keep(self, params: Sequence[Tensor]) -> None:
         """Forgets what belongs to any other parameter. Their memory is freed when no view of the same buffer is left."""
         kept = set(map(id, params))

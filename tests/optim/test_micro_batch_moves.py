@@ -348,6 +348,66 @@ def test_interrupt_at_any_line_of_a_block(fast_backend):
     interrupted_everywhere(prepare)
 
 
+def test_interrupt_at_any_line_of_a_block_with_a_parameter_left_out(fast_backend):
+    """Perturbed, and without a gradient in the second pass: restored by nothing but the leftover's own restore."""
+
+    def prepare():
+        w, v = parameter([3.0, 4 / 3]), parameter([1.0, 1.0, -0.5])
+        optimizer = make([w, v], SGD, 2, backend=fast_backend, lr=0.1, rho=0.1)
+        ((w**2).sum() + (v**4).sum()).backward()
+        before = snapshot([w, v])
+
+        def block():
+            with optimizer.micro_batch():
+                w.grad = torch.ones_like(w)
+
+        def check():
+            return None if all(map(torch.equal, snapshot([w, v]), before)) else "weights perturbed"
+
+        return block, check
+
+    interrupted_everywhere(prepare)
+
+
+@pytest.mark.parametrize("how", ["channels_last", "double"])
+@pytest.mark.parametrize("form", ["by_hand", "closure"])
+def test_a_model_converted_in_the_middle_of_a_step(backend, how, form):
+    """What was added up lies where the parameters were: the step is given up with a word, and not taken along garbage."""
+    conv = torch.nn.Conv2d(2, 3, 2)
+    optimizer = make(conv.parameters(), SGD, 2, backend=backend, lr=0.1, rho=0.1)
+    calls = []
+
+    def closure(x):
+        calls.append(True)
+        loss = (conv(x.to(conv.weight.dtype)) ** 2).mean()
+        loss.backward()
+        return loss
+
+    def convert():
+        conv.to(memory_format=torch.channels_last) if how == "channels_last" else conv.double()
+
+    def converting(x):
+        if len(calls) == 2:
+            convert()
+        return closure(x)
+
+    x = torch.randn(4, 2, 5, 5)
+    with pytest.raises(RuntimeError) as raised:
+        if form == "closure":
+            optimizer.step(converting, x)
+        else:
+            for piece in x.chunk(2):
+                optimizer.zero_grad()
+                closure(piece)
+                with optimizer.micro_batch():
+                    closure(piece)
+                convert()
+    assert_one_sentence(raised.value, "converted")
+    assert optimizer._control.state is State.CLEAN and optimizer._accumulation.count == 0
+    optimizer.zero_grad()
+    optimizer.step(closure, x)
+
+
 def test_an_accumulation_that_fails_half_way(backend, monkeypatch):
     """The second kernel of a micro-batch's end throws: the step is given up and the weights are clean."""
     from sam_fused.ops.prepared import TensorSet
