@@ -205,6 +205,8 @@ class Accumulation:
 
 
 def _where_unwritten(grad: Tensor, total: Tensor) -> Tensor:
-    """The sum, but ``grad`` where that is not the sum's rounding any more."""
+    """The sum, but ``grad`` where that is not the sum's rounding any more; in the sum's memory, which is ours."""
     rounded = total.to(grad.dtype)
-    return torch.where((grad == rounded) | (grad.isnan() & rounded.isnan()), total, grad.to(total.dtype))
+    unwritten = (grad == rounded).logical_or_(grad.isnan().logical_and_(rounded.isnan()))
+    del rounded
+    return torch.where(unwritten, total, grad.to(total.dtype), out=total)

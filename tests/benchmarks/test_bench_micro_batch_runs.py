@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def test_ours_holds_a_backup_and_fp32_sums_whatever_the_number_of_micro_batches(
     if ours("native", "closure", 1).why_not() is not None:
         pytest.skip("the foreach backend has temporaries of its own")
     rows = measure_memory(SETS["smoke"], "sgd", [2, 9], 0)
-    parameters = SETS["smoke"].parameters
+    parameters, largest = SETS["smoke"].parameters, max(map(prod, SETS["smoke"].shapes()))
     per_parameter = {
         ("fp32", "ours_native_closure"): 4 + 4,
         ("fp32", "ours_native_micro_batch"): 4 + 4,
@@ -71,8 +72,10 @@ def test_ours_holds_a_backup_and_fp32_sums_whatever_the_number_of_micro_batches(
     assert {(row.dtype, row.variant) for row in rows} == set(per_parameter)
     for row in rows:
         held = per_parameter[row.dtype, row.variant] * parameters
+        # By hand what `.grad` holds is compared with the sum's rounding, a tensor at a time.
+        compared = 8 * largest if (row.dtype, row.variant) == ("bf16", "ours_native_micro_batch") else 0
         # Cache-line gaps, tables of addresses and scalars are on top.
-        assert held <= row.extra_bytes < held + 8192
+        assert held <= row.extra_bytes < held + 8192 + compared
         assert row.bytes_per_parameter == row.extra_bytes / parameters
     for key in per_parameter:
         few, many = (row.extra_bytes for row in rows if (row.dtype, row.variant) == key)

@@ -394,19 +394,22 @@ def test_a_skipped_first_step_stays_the_first(backend):
     assert bool((v == 1).all())
 
 
+CPU = torch.device("cpu")
+
+
 def test_hyper_table():
     hyper = HyperTable()
-    first = hyper.update([[0.1, 0.9]])
+    first = hyper.update([[0.1, 0.9]]).on(CPU)
     assert first.dtype == torch.float64 and first.tolist() == [[0.1, 0.9]]
-    assert hyper.update([[0.1, 0.9]]) is first
-    assert hyper.update([[0.2, 0.9]]).tolist() == [[0.2, 0.9]]
+    assert hyper.update([[0.1, 0.9]]).on(CPU) is first
+    assert hyper.update([[0.2, 0.9]]).on(CPU).tolist() == [[0.2, 0.9]]
 
 
 def test_hyper_table_does_not_keep_the_callers_list():
     hyper, values = HyperTable(), [[0.1, 0.9]]
-    hyper.update(values)
+    hyper.update(values).on(CPU)
     values[0][0] = 0.2
-    assert hyper.update(values).tolist() == [[0.2, 0.9]]
+    assert hyper.update(values).on(CPU).tolist() == [[0.2, 0.9]]
 
 
 def test_results_are_reused_by_the_next_norm(needs_native):

@@ -1,4 +1,4 @@
-"""``max_grad_norm``: ``clip_grad_norm_`` before the base step, inside the last pass. (Beside a scaler: test_scaler.py.)"""
+"""``max_grad_norm``: ``clip_grad_norm_`` before the base step, inside the last pass. (With a scaler: test_loss_scaling.py.)"""
 
 import copy
 import warnings
