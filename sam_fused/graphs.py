@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops import backends
+from .ops.captures import kept_in
 from .optim.bases import fused_base
 from .optim.micro_batch import MicroBatchSAM
 from .optim.sam import SAM
@@ -75,6 +76,7 @@ class GraphedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._loss = torch.zeros((), device=self._device)
         self._frozen: list[tuple[str, Any]] = []
+        self._read: dict[int, Any] = {}  # by the graph: buffers, tables and sets, for as long as it can be replayed
         optimizer.zero_grad(set_to_none=True)
         with _undone(model, optimizer, self._device):
             self._warm_up(max(warmup, 1), on_a_stream=capture)
@@ -97,7 +99,7 @@ class GraphedStep:
     def _capture(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)  # the gradients are to be the graph's own
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with kept_in(self._read), torch.cuda.graph(self._graph):
             self._loss = self._run()
 
     def _run(self) -> Tensor:

@@ -11,27 +11,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import captures
+
 Value = float | Tensor
 
 
 def number(value: object) -> Value:
     """A hyper-parameter as a table takes it: a float, or a tensor on a device, which only the device reads."""
-    if isinstance(value, Tensor) and not value.is_cpu:
-        return value
+    if isinstance(value, Tensor):
+        return float(value.detach()) if value.is_cpu else value
     return float(value)  # type: ignore[arg-type]
 
 
 def is_known(value: object) -> bool:
     """Whether the host can look at the value without waiting for a device."""
     return not isinstance(value, Tensor) or value.is_cpu
-
-
-# What a captured graph reads must live as long as the graph, and nobody says when that ends.
-_read_by_graphs: list[Tensor] = []
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class _DeviceTable:
@@ -44,7 +38,7 @@ class _DeviceTable:
     def update(self, floats: list[list[float]], tensors: list[tuple[int, int, Tensor]]) -> None:
         if floats != self._written:
             device = self.table.device
-            if _is_capturing(device):
+            if captures.is_capturing(device):
                 raise RuntimeError(
                     "a step in a CUDA graph: expected the hyper-parameters of the step before the capture, got others, which "
                     "the graph would take from the host for ever: take one step with them first."
@@ -91,11 +85,10 @@ class HyperTable:
             if there is None or tuple(there.table.size()) != shape:
                 there = self._devices[device] = _DeviceTable(*shape, device)
             there.update(self._floats, self._tensors)
-            if _is_capturing(device):
-                _read_by_graphs.append(there.table)
+            captures.keep_if_captured(there.table, device)
             return there.table
         if self._host is None:
             self._host = torch.tensor(self._floats, dtype=torch.float64, device="cpu")
             for row, column, tensor in self._tensors:
-                self._host[row, column] = float(tensor)
+                self._host[row, column] = float(tensor.detach())
         return self._host

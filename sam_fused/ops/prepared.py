@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import backends, functional, native, triton
+from . import backends, captures, functional, native, triton
 from .checks import check_tensor, is_dense, same_layout
 from .door import Door
 from .dtypes import SUPPORTED
@@ -57,14 +57,6 @@ class Factors(NamedTuple):
 
 
 NO_FACTORS = Factors()
-
-
-# Sets that a CUDA graph reads: their tables, norms and backups must live as long as the graph, and nobody says when that ends.
-_read_by_graphs: dict[int, TensorSet] = {}
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @dataclass
@@ -160,7 +152,7 @@ class TensorSet:
         rows = self._build_rows()
         if rows is None:
             return None
-        if _is_capturing(self._device):
+        if captures.is_capturing(self._device):
             # The table would be written by the graph's replays, and be there for nobody before the first one.
             raise RuntimeError(
                 "a step in a CUDA graph: expected a step like it before the capture, got the first one with these parameters, "
@@ -220,14 +212,14 @@ class TensorSet:
             TypeError: a gradient is sparse, quantised, or of an unsupported dtype.
             ValueError: a gradient is on another device, or of another shape, than its parameter.
         """
-        if _is_capturing(self._device):
-            _read_by_graphs[id(self)] = self
+        captures.keep_if_captured(self, self._device)
         fits = self._fast is not None and not _seen_by_torch_only()
         if fits and (self._grads_were.matches(grads) or self._fit_the_rows(grads)):
-            addresses = array("q", map(_data_ptr, grads))
+            addresses = _addresses(grads)
             # Null is an empty tensor's address, or that of a gradient without memory (zero by definition, or freed).
-            if 0 not in addresses or not any(n for n, address in zip(self._numels, addresses, strict=True) if not address):
-                return Gradients(grads, torch.frombuffer(addresses, dtype=torch.int64), True)
+            if all(addresses) or not any(n for n, address in zip(self._numels, addresses, strict=True) if not address):
+                # By way of a list: an array that grows with an iterator takes longer than both.
+                return Gradients(grads, torch.frombuffer(array("q", addresses), dtype=torch.int64), True)
         if self._fast is not None or not self._grads_were.matches(grads):
             self._check_each(grads)
             if self._fast is None:

@@ -6,12 +6,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from operator import attrgetter, is_, is_not
+from operator import is_, is_not
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sam_fused.ops import captures
 from sam_fused.ops.dtypes import arithmetic_dtype
 from sam_fused.ops.prepared import TensorSet
 
@@ -19,19 +20,12 @@ from .ascent import Ascent, Part, partition
 from .buffers import FlatBuffers
 from .state import Control
 
-_version_of = attrgetter("_version")
-_dtype_of = attrgetter("dtype")
-
 # Patterns of missing gradients that are remembered, and weights that are kept as tensors.
 _REMEMBERED = 8
 _WEIGHTS = 64
 
 # How far from 1 the weights of a step's micro-batches may add up to: rounding, and no more.
 TOLERANCE = 1e-6
-
-
-# What a captured graph reads must live as long as the graph, and nobody says when that ends.
-_read_by_graphs: list[Tensor] = []
 
 
 @dataclass(frozen=True)
@@ -76,11 +70,13 @@ class Accumulation:
         tensor = self._weights.get((weight, device))
         if tensor is None:
             dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32  # which others may not have
-            tensor = self._weights[weight, device] = torch.full((), weight, dtype=dtype, device=device)
+            tensor = torch.full((), weight, dtype=dtype, device=device)
+            if captures.is_capturing(device):
+                return tensor  # the graph's own, which holds nothing before a replay
+            self._weights[weight, device] = tensor
             if len(self._weights) > _WEIGHTS:
                 self._weights.popitem(last=False)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            _read_by_graphs.append(tensor)
+        captures.keep_if_captured(tensor, device)
         return tensor
 
     def add(self, ascent: Ascent, params: list[Tensor], grads: list[Tensor | None], weight: float) -> None:

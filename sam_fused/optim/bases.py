@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from sam_fused.ops import captures
 from sam_fused.ops.hyper import Value, is_known, number
 from sam_fused.ops.prepared import TensorSet
 
@@ -84,10 +85,6 @@ def fused_base(base: Optimizer) -> FusedBase | None:
     return family
 
 
-def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
 class FusedState:
     """The base optimizer's state of some parameters, as the lists that the op layer takes.
 
@@ -140,7 +137,7 @@ class FusedState:
     def _refuse_to_be_captured(self) -> None:
         """State that a graph creates would be created again by each of its replays."""
         new = [*(value for _, _, value in self._missing), *(there for _, there, _ in self._moved)]
-        if not all(tensor.is_cpu for tensor in new) and _is_capturing():
+        if any(map(captures.is_capturing, {tensor.device for tensor in new})):
             raise RuntimeError(
                 "step(): expected the base optimizer's state to exist before a CUDA graph captures a step, got a first step: "
                 "take one step before the capture."

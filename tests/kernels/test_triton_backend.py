@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sam_fused.ops import captures
 from sam_fused.ops.dtypes import CODES
 from sam_fused.ops.rows import CHUNK, build_rows
-from sam_fused.ops.triton import availability, reason_not, table, transfer
+from sam_fused.ops.triton import availability, reason_not, transfer
 from sam_fused.ops.triton.table import DeviceTable
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -227,9 +228,10 @@ def test_every_dtype_has_a_code_that_comes_back():
 def capturing(monkeypatch):
     """A switch that says whether a capture is going on. Memory stays on the CPU."""
     state = SimpleNamespace(on=False)
-    monkeypatch.setattr(table, "is_capturing", lambda device: state.on)
-    monkeypatch.setattr(table, "_read_by_graphs", [])
-    return state
+    monkeypatch.setattr(captures, "is_capturing", lambda device: state.on)
+    state.kept = {}
+    with captures.kept_in(state.kept):
+        yield state
 
 
 def test_what_a_capture_makes_is_not_kept(capturing):
@@ -240,7 +242,7 @@ def test_what_a_capture_makes_is_not_kept(capturing):
     made = [sets.pointers()[0], sets.slots(), sets.ticket(), sets.hyper(hyper), sets.grads(addresses)]
     capturing.on = False
     again = [sets.pointers()[0], sets.slots(), sets.ticket(), sets.hyper(hyper), sets.grads(addresses)]
-    assert not any(a is b for a, b in zip(made, again, strict=True)) and not table._read_by_graphs
+    assert not any(a is b for a, b in zip(made, again, strict=True)) and not capturing.kept
     kept = [sets.pointers()[0], sets.slots(), sets.ticket(), sets.hyper(hyper), sets.grads(addresses)]
     assert all(a is b for a, b in zip(again, kept, strict=True))
 
@@ -253,7 +255,7 @@ def test_what_a_capture_reads_outlives_its_set(capturing):
     capturing.on = True
     during = [sets.pointers()[0], sets.slots(), sets.ticket(), sets.hyper(hyper)]
     assert all(a is b for a, b in zip(before, during, strict=True))
-    assert [id(tensor) for tensor in table._read_by_graphs] == [id(tensor) for tensor in before]
+    assert list(capturing.kept) == [id(tensor) for tensor in before]
     # The addresses may be dropped for newer ones at any time, so a graph has its own.
     assert sets.grads(addresses) is not kept_addresses
 

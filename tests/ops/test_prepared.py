@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sam_fused import ops
-from sam_fused.ops import functional, native
+from sam_fused.ops import captures, functional, native
 from sam_fused.ops.dtypes import CODES
 from sam_fused.ops.hyper import HyperTable
 from sam_fused.ops.prepared import Factors, TensorSet
@@ -449,22 +449,23 @@ def test_compiled_code_does_not_read_addresses(needs_native):
 
 def test_a_set_is_not_made_inside_a_capture(monkeypatch, needs_native):
     """Its table would be written by the graph's replays alone."""
-    from sam_fused.ops import prepared
-
-    monkeypatch.setattr(prepared, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(captures, "is_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="take one step before the capture"):
         TensorSet([torch.ones(3)], [torch.ones(3)], backend="native")
 
 
 def test_what_a_graph_reads_is_kept_alive(monkeypatch, needs_native):
-    from sam_fused.ops import prepared
-
     kept: dict = {}
-    monkeypatch.setattr(prepared, "_read_by_graphs", kept)
     tensors = TensorSet([torch.ones(3)], [torch.ones(3)], backend="native")
-    tensors.checked([torch.ones(3)])
-    assert not kept
-    monkeypatch.setattr(prepared, "_is_capturing", lambda device: True)
-    for _ in range(2):
+    with captures.kept_in(kept):
         tensors.checked([torch.ones(3)])
+        assert not kept
+        monkeypatch.setattr(captures, "is_capturing", lambda device: True)
+        for _ in range(2):
+            tensors.checked([torch.ones(3)])
     assert list(kept.values()) == [tensors]
+    # Nobody says when another's graph ends: what it reads stays.
+    monkeypatch.setattr(captures, "_for_ever", {})
+    monkeypatch.setattr(captures, "_kept", captures._for_ever)
+    tensors.checked([torch.ones(3)])
+    assert list(captures._for_ever.values()) == [tensors] and len(kept) == 1

@@ -8,7 +8,8 @@ import re
 
 import torch
 
-from .transfer import by_value, is_capturing, may_wait
+from .. import captures
+from .transfer import by_value, may_wait
 
 FIRST_VERSION, LAST_VERSION = (3, 6), (3, 9)
 
@@ -27,7 +28,7 @@ def reason_not(device: torch.device) -> str | None:
         reason = _without_launching(device)
         if reason is None and device.type == "cuda":
             with torch.cuda.device(device):
-                if is_capturing(device):
+                if captures.is_capturing(device):
                     return "Triton was never tried on this device and cannot be during a graph capture; take one step before it"
                 reason = _launched(device)
         _found[device] = reason

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import schema
+from .. import captures, schema
 from ..door import Door
 from ..dtypes import arithmetic_dtype
 from .table import DeviceTable, Run
-from .transfer import is_capturing, may_wait
+from .transfer import may_wait
 
 _WARPS = 8
 
@@ -153,7 +153,7 @@ class TritonDoor:
             except BaseException:
                 # An interrupt may come after a launch and before anything here could note it: the device knows. (A capture that
                 # fails has launched nothing.)
-                if not is_capturing(table.device):
+                if not captures.is_capturing(table.device):
                     with may_wait(table.device):
                         seen = marks.tolist()
                     for run, mark in zip(runs, seen, strict=True):

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import captures
 from ..dtypes import CODES, arithmetic_dtype
 from ..rows import CHUNK, COLUMNS, FIRST, ROLES, ROW_WORDS, column_of
-from .transfer import is_capturing, to_device
+from .transfer import to_device
 
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
 _NUMEL, _GROUP, _SCALING, _CODES = (COLUMNS.index(name) for name in ("numel", "group", "scaling", "dtypes"))
@@ -25,9 +26,6 @@ _SIGNATURE = ("grad", "weight", "state0", "state1", "state2")
 
 # Vectors of gradient addresses that are kept on the device: a training loop's allocator comes back to a few.
 _ADDRESS_VECTORS = 8
-
-# What a captured graph reads must live as long as the graph, and nobody says when that ends.
-_read_by_graphs: list[Tensor] = []
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ class DeviceTable:
 
     def first_steps_taken(self) -> None:
         """The device has cleared ``first`` everywhere, so nothing needs to be cleared in later steps."""
-        if not is_capturing(self.device):
+        if not captures.is_capturing(self.device):
             self.has_first_steps = False
 
     # ---- on the device -------------------------------------------------------------------------------------------------------
@@ -128,14 +126,14 @@ class DeviceTable:
         kept = self._kept.get(name)
         if kept is None:
             kept = make()
-            if not is_capturing(self.device):
+            if not captures.is_capturing(self.device):
                 self._kept[name] = kept
-        elif is_capturing(self.device):
-            _read_by_graphs.append(kept)
+        else:
+            captures.keep_if_captured(kept, self.device)
         return kept
 
     def _words(self) -> Tensor:
-        if self.has_first_steps and is_capturing(self.device):
+        if self.has_first_steps and captures.is_capturing(self.device):
             raise RuntimeError(
                 "capture: expected momentum buffers that exist, got a first step, which every replay would repeat: "
                 "take one step before capturing."
@@ -176,11 +174,10 @@ class DeviceTable:
             return hyper
         if self.has_seen(hyper):
             there = self._hyper[hyper.size(1)][1]
-            if is_capturing(self.device):
-                _read_by_graphs.append(there)
+            captures.keep_if_captured(there, self.device)
             return there
         there = to_device(hyper.view(torch.int64).reshape(-1), self.device).view(torch.float64)
-        if not is_capturing(self.device):
+        if not captures.is_capturing(self.device):
             self._hyper[hyper.size(1)] = (hyper.clone(), there)
         return there
 
@@ -191,7 +188,7 @@ class DeviceTable:
         """
         if self._permutation is not None:
             addresses = addresses[self._permutation]
-        if is_capturing(self.device):
+        if captures.is_capturing(self.device):
             return to_device(addresses, self.device)
         key = (_stream(self.device), *addresses.tolist())
         there = self._grads.get(key)

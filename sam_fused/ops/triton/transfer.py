@@ -8,13 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .. import captures
+
 # Two arguments a word. A graph replays one such launch in about the time that a handful of words take.
 _WORDS_PER_LAUNCH = 64
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether what is launched now goes into a CUDA graph instead of running. ``device`` is the current one."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @contextmanager
@@ -35,7 +32,7 @@ def to_device(words: Tensor, device: torch.device) -> Tensor:
     """A copy of an int64 tensor of one dimension, on the current stream of ``device``, the current one. Waits for nothing."""
     if device.type == "cpu":  # the interpreter's
         return words.clone()
-    if is_capturing(device):
+    if captures.is_capturing(device):
         return by_value(words, device)
     return words.pin_memory().to(device, non_blocking=True)
 
