@@ -300,7 +300,7 @@ def inverse_scale(scale: Tensor) -> Tensor:
 
 def clip_factor(norm: Tensor, max_norm: float | Tensor) -> Tensor:
     """``min(1, max_norm / (norm + 1e-6))``, as `torch.nn.utils.clip_grad_norm_` has it, on the norm's device."""
-    limit = max_norm.to(norm) if isinstance(max_norm, Tensor) else max_norm
+    limit = max_norm.to(norm).reshape(()) if isinstance(max_norm, Tensor) else max_norm
     return (limit / (norm + 1e-6)).clamp(max=1.0)
 
 
@@ -320,6 +320,34 @@ def not_all_zero(tensors: Sequence[Tensor]) -> list[Tensor]:
         answers.setdefault(tensor.device, []).append(tensor.detach().any())
     holding = {device: iter(torch.stack(found).tolist()) for device, found in answers.items()}
     return [tensor for tensor in tensors if next(holding[tensor.device])]
+
+
+def count_not_finite_(norm: Tensor, count: Tensor) -> None:
+    """``count``, an int64 scalar on the norm's device, becomes one more where the norm is inf or NaN."""
+    count.add_(~norm.isfinite())
+
+
+def weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """``sum_i weights_i values_i`` of scalars whose weights sum to 1: 0-dim, on the first one's device and in its dtype, added
+    up in the dtype of the arithmetic. Of a single one it is that one."""
+    first = values[0].detach().reshape(())
+    if len(values) == 1:
+        return first
+    wide = arithmetic_dtype(first.dtype)
+    terms = [value.detach().reshape(()).to(first.device, wide) * weight for value, weight in zip(values, weights, strict=True)]
+    return torch.stack(terms).sum().to(first.dtype)
+
+
+def unrounded_(rounded: Tensor, exact: Tensor) -> Tensor:
+    """``exact``, overwritten by ``rounded`` wherever that is something else than its rounding; NaN is NaN's.
+
+    Compared by value: neither a scaler's kernels, nor collectives, nor writing through ``.data`` leave a trace in version
+    counters.
+    """
+    fresh = exact.to(rounded.dtype)
+    same = (rounded == fresh).logical_or_(rounded.isnan().logical_and_(fresh.isnan()))
+    del fresh
+    return torch.where(same, exact, rounded.to(exact.dtype), out=exact)
 
 
 def combined_norm(norms: Sequence[Tensor]) -> Tensor:

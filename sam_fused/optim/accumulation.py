@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from sam_fused.ops import captures
 from sam_fused.ops.dtypes import arithmetic_dtype
+from sam_fused.ops.functional import unrounded_
 from sam_fused.ops.prepared import TensorSet
 
 from .ascent import Ascent, Part, partition
@@ -53,6 +55,7 @@ class Accumulation:
         self._weights: OrderedDict[tuple[float, torch.device], Tensor] = OrderedDict()
         self._holds: list[bool] = []
         self._exposed: list[Tensor | None] = []
+        self._are_known = False
         self.count = 0
         self.weight = 0.0
 
@@ -100,6 +103,8 @@ class Accumulation:
                     if not holding:
                         accumulator.zero_()
             part.tensors.restore_accumulate_(chosen, self.weight_on(weight, part.device), fresh=not any(holds))
+            if self._are_known and part.tensors.accumulators:
+                increment_version(part.tensors.accumulators)
         for part in ascending:
             part.tensors.perturbed.zero_()
         if self._holds:
@@ -125,22 +130,24 @@ class Accumulation:
     # ---- as gradients --------------------------------------------------------------------------------------------------------
 
     def expose(self, params: list[Tensor]) -> None:
-        """Makes the sums the parameters' ``.grad``, in the parameters' dtype: for base optimizers, clipping, scalers, logs."""
+        """Makes the sums the parameters' ``.grad``, in the parameters' dtype: for base optimizers, clipping, scalers, logs.
+
+        Of fp32 and fp64 parameters it is the accumulators themselves, which the next step overwrites: autograd is told then.
+        """
         sums = self.accumulators(params)
+        self._are_known = True
         for param, total in zip(params, sums, strict=True):
             param.grad = total if total is None or total.dtype == param.dtype else total.to(param.dtype)
         self._exposed = [param.grad for param in params]
 
     def gradients(self, params: list[Tensor]) -> list[Tensor | None]:
         """The step's gradients: what ``.grad`` holds, or, element by element, the sum that it was rounded from where it still
-        holds that. By value: neither a scaler nor who writes through ``.data`` leaves a trace in version counters."""
+        holds that."""
         grads = [param.grad for param in params]
         if len(self._exposed) != len(params):
             return grads
         return [
-            grad
-            if grad is None or total is None or grad is not seen or grad.dtype == total.dtype
-            else _where_unwritten(grad, total)
+            grad if grad is None or total is None or grad is not seen or grad.dtype == total.dtype else unrounded_(grad, total)
             for grad, seen, total in zip(grads, self._exposed, self.accumulators(params), strict=True)
         ]
 
@@ -198,11 +205,3 @@ class Accumulation:
         self._params, self._sums = [], None
         self._weights.clear()
         self._buffers.release()
-
-
-def _where_unwritten(grad: Tensor, total: Tensor) -> Tensor:
-    """The sum, but ``grad`` where that is not the sum's rounding any more; in the sum's memory, which is ours."""
-    rounded = total.to(grad.dtype)
-    unwritten = (grad == rounded).logical_or_(grad.isnan().logical_and_(rounded.isnan()))
-    del rounded
-    return torch.where(unwritten, total, grad.to(total.dtype), out=total)

@@ -13,7 +13,7 @@ from torch import Tensor
 from sam_fused.ops import backends
 from sam_fused.ops.checks import refuse_shared_memory
 from sam_fused.ops.fingerprint import PLAIN_TYPES
-from sam_fused.ops.functional import combined_norm
+from sam_fused.ops.functional import combined_norm, count_not_finite_
 from sam_fused.ops.hyper import HyperTable, number
 from sam_fused.ops.metrics import perturbation_metrics
 from sam_fused.ops.prepared import Gradients, TensorSet
@@ -152,7 +152,7 @@ class Ascent:
         if len(self.parts) == 1:
             return self.parts[0].tensors.grad_norm(picked[0], overflows=overflows)[0]
         norm = combined_norm([part.tensors.grad_norm(chosen)[0] for part, chosen in zip(self.parts, picked, strict=True)])
-        overflows.add_(~norm.isfinite())
+        count_not_finite_(norm, overflows)
         return norm
 
     def _measure(self, picked: list[Gradients]) -> None:

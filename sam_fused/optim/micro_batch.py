@@ -11,7 +11,6 @@ from numbers import Real
 from operator import is_not
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,7 +18,7 @@ from sam_fused.compiled import not_traced
 
 from . import batches, groups
 from .accumulation import TOLERANCE, Accumulation
-from .closures import detached, evaluate
+from .closures import detached, evaluate, mean_loss
 from .descent import Final
 from .sam import SAM, grad_of
 from .state import Control, Move, State
@@ -76,7 +75,7 @@ class MicroBatchSAM(SAM):
     ) -> None:
         _check_count(num_micro_batches)
         super().__init__(params, base_optimizer, rho, adaptive, **kwargs)
-        self._num_micro_batches = num_micro_batches
+        self._control.num_micro_batches = num_micro_batches
 
     def _attach(self, base: Optimizer, names: dict[str, str], values: dict[str, Any], control: Control) -> None:
         super()._attach(base, names, values, control)
@@ -85,22 +84,27 @@ class MicroBatchSAM(SAM):
     @property
     def num_micro_batches(self) -> int:
         """Into how many micro-batches ``step(closure, *batch)`` cuts a batch."""
-        return self._num_micro_batches
+        return self._control.num_micro_batches
 
     @num_micro_batches.setter
     def num_micro_batches(self, value: int) -> None:
+        self._control.require(Move.SET_NUM_MICRO_BATCHES)
         _check_count(value)
-        self._num_micro_batches = value
+        self._control.num_micro_batches = value
 
     # ---- the forms of a step -----------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[..., Any] | None = None, *batch: Any) -> Any:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Callable[..., Any] | None = None, *batch: Any, first_pass_done: bool = False
+    ) -> Any:
         """Takes a step.
 
         With a closure: cuts the tensors of ``batch`` along their first dimension, in nested lists, tuples and dicts too, and
         for each micro-batch clears the gradients, calls ``closure(*micro_batch)`` (forward, backward, return the mean loss),
         perturbs, clears, calls it again, restores and adds up; the last micro-batch's restore is the base step. Gradients are
         None afterwards. Without a closure: the base step, after ``micro_batch`` blocks whose weights sum to 1.
+
+        With one micro-batch it takes what ``SAM.step`` takes, too: a closure without a batch, and ``first_pass_done``.
 
         Returns:
             The batch's clean loss, the weighted mean of the micro-batches', detached, on its device; None without a closure.
@@ -111,23 +115,27 @@ class MicroBatchSAM(SAM):
             TypeError: the closure returns no scalar loss.
             ValueError: the batch cannot be cut. The weights are clean then, and nothing was changed.
         """
-        if closure is None:
-            return super().step()
-        try:
+        with self._scale_of_this_step():
+            if closure is None:
+                if batch:
+                    raise TypeError(
+                        "step(closure, *batch): expected a closure for the batch, got None: pass what runs forward and backward "
+                        "on a micro-batch, or step() alone after micro_batch() blocks."
+                    )
+                return self._take_step(None)
+            if self._control.num_micro_batches == 1 and (first_pass_done or not batch):
+                return self._take_step(partial(closure, *batch), first_pass_done)
+            if first_pass_done:
+                raise RuntimeError(
+                    f"step(closure, first_pass_done=True): expected one micro-batch, got {self._control.num_micro_batches}, each "
+                    "with a first pass of its own: leave it out, or run both passes by hand with micro_batch()."
+                )
             self._refuse_scaled_closure()
             self._control.require(Move.STEP_CLOSURE)
-            if self._control.state is State.READY:
-                raise RuntimeError(
-                    f"step(closure) is not possible while {_READY}: call step() without a closure first, or restore() to give "
-                    "the step up."
-                )
-            pieces = batches.micro_batches(batch, self._num_micro_batches)
+            self._refuse_a_batch_between_passes()
+            pieces = batches.micro_batches(batch, self._control.num_micro_batches)
             self._refuse_fresh_gradients()
             return self._step_over(closure, pieces)
-        except BaseException:
-            for name in ("grad_scale", "found_inf"):
-                self.__dict__.pop(name, None)
-            raise
 
     def _step_over(self, closure: Callable[..., Any], pieces: list[tuple[tuple[Any, ...], int]]) -> Any:
         sizes = [size for _, size in pieces]
@@ -154,20 +162,15 @@ class MicroBatchSAM(SAM):
             self._give_up()
             self._clear_gradients()  # half a batch's: nobody's to keep
             raise
-        clean = _weighted_mean(clean_losses, sizes)
+        weights = [size / samples for size in sizes]
+        clean = mean_loss(clean_losses, weights)
         self._control.clean_loss = clean if perturbed_losses else None
-        self._control.perturbed_loss = _weighted_mean(perturbed_losses, sizes) if perturbed_losses else None
+        self._control.perturbed_loss = mean_loss(perturbed_losses, weights) if perturbed_losses else None
         return clean
 
     def _pass(self, closure: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         """One evaluation of the closure on a micro-batch, with what it has to leave behind checked."""
-        before = self._control.state
-        loss = evaluate(lambda: closure(*arguments))
-        if self._control.state is not before:
-            raise RuntimeError(
-                "step(closure, *batch): expected a closure that only evaluates, got one that takes steps by itself: leave "
-                "perturbing to step(closure, *batch), or run both passes by hand with micro_batch()."
-            )
+        loss = evaluate(self._control, closure, *arguments)
         is_scalar = isinstance(loss, Tensor) and loss.numel() == 1
         if not is_scalar and (isinstance(loss, bool) or not isinstance(loss, Real)):
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -199,7 +202,7 @@ class MicroBatchSAM(SAM):
             RuntimeError: the weights are perturbed already; all micro-batches have been run and ``step()`` was not called.
             ValueError: the weight is not above 0, or brings the sum above 1.
         """
-        weight = 1 / self._num_micro_batches if weight is None else weight
+        weight = 1 / self._control.num_micro_batches if weight is None else weight
         self._control.require(Move.MICRO_BATCH)
         self._check_weight(weight)
         try:
@@ -217,7 +220,7 @@ class MicroBatchSAM(SAM):
             self._clear_gradients()
             if self._accumulation.is_complete:
                 self._accumulation.expose(self._params())
-                self._control.state = State.READY
+                self._control.state = State.COMPLETE
         except BaseException:
             self._give_up()
             raise
@@ -301,10 +304,18 @@ class MicroBatchSAM(SAM):
             )
 
     def _refuse_whole_batches(self, move: str) -> None:
-        if self._num_micro_batches > 1:
+        if self._control.num_micro_batches > 1:
             raise RuntimeError(
-                f"{move}: expected micro_batch() because there are {self._num_micro_batches} micro-batches, got a form for "
-                "whole batches: use `with optimizer.micro_batch(weight=...)`, step(closure, *batch), or SAM."
+                f"{move}: expected micro_batch() because there are {self._control.num_micro_batches} micro-batches, got a form "
+                "for whole batches: use `with optimizer.micro_batch(weight=...)`, step(closure, *batch), or SAM."
+            )
+
+    def _refuse_a_batch_between_passes(self) -> None:
+        """After ``perturbed()`` SAM takes a closure for the gradients of the step; a batch would be two passes more."""
+        if self._control.state is State.READY:
+            raise RuntimeError(
+                "step(closure, *batch) is not possible while a perturbed() block was left and its step has not been taken: call "
+                "step() first, or restore() to give the step up."
             )
 
     # ---- torch.optim's interface ---------------------------------------------------------------------------------------
@@ -317,31 +328,7 @@ class MicroBatchSAM(SAM):
     def buffer_bytes(self) -> int:
         return self._ascent.buffer_bytes + self._accumulation.nbytes
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "num_micro_batches": self._num_micro_batches}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "num_micro_batches" in state:
-            self._num_micro_batches = state["num_micro_batches"]
-
-
-_READY = "micro-batches have been added up and their step has not been taken"
-
 
 def _check_count(value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"num_micro_batches: expected a whole number above 0, got {value!r}: 1 is SAM, 8 cuts a batch into 8.")
-
-
-def _weighted_mean(losses: list[Any], sizes: list[int]) -> Any:
-    """On the losses' device: nothing waits for it. The larger micro-batches come first, and there are two sizes at most."""
-    if len(losses) == 1:
-        return losses[0]
-    samples = sum(sizes)
-    if not all(isinstance(loss, Tensor) for loss in losses):
-        return sum(float(loss) * size for loss, size in zip(losses, sizes, strict=True)) / samples
-    larger = sizes.count(sizes[0])
-    stacked = torch.stack([loss.reshape(()) for loss in losses])
-    total = stacked[:larger].sum() * (sizes[0] / samples)
-    return total if larger == len(sizes) else total + stacked[larger:].sum() * (sizes[-1] / samples)

@@ -227,10 +227,17 @@ class SAM(Wrapper):
             RuntimeError: not possible in the present state; or a gradient is there that the first pass would drop; or the
                 closure came through ``GradScaler.step``. The weights are clean then, and nothing was changed.
         """
+        with self._scale_of_this_step():
+            return self._take_step(closure, first_pass_done)
+
+    def _take_step(self, closure: Callable[[], Any] | None, first_pass_done: bool = False) -> Any:
+        """``step``, which torch has wrapped into hooks and a profiler's range: those are for one call of it."""
+        return self._step_without_closure() if closure is None else self._step_with_closure(closure, first_pass_done)
+
+    @contextmanager
+    def _scale_of_this_step(self) -> Iterator[None]:
         try:
-            if closure is None:
-                return self._step_without_closure()
-            return self._step_with_closure(closure, first_pass_done)
+            yield
         except BaseException:
             # A scaler takes these back only after a step that returned; left here they would scale the next one twice.
             for name in ("grad_scale", "found_inf"):
@@ -241,7 +248,7 @@ class SAM(Wrapper):
         self._refuse_scaled_closure()
         self._control.require(Move.STEP_CLOSURE)
         if self._control.state is State.READY:
-            loss = evaluate(closure)
+            loss = evaluate(self._control, closure)
             self._base_step()
             return loss
         if not first_pass_done:
@@ -252,18 +259,13 @@ class SAM(Wrapper):
                 self._clear_gradients()
                 if self._control.same_dropout:
                     self.remember_randomness()
-                clean_loss = evaluate(closure)
-                if self._control.state is not State.CLEAN:
-                    raise RuntimeError(
-                        "step(closure): expected a closure that only evaluates, got one that perturbs by itself: leave "
-                        "first_step() and perturbed() to step(closure), or run both passes by hand."
-                    )
+                clean_loss = evaluate(self._control, closure)
             if not self._control.enabled:
-                loss = evaluate(closure) if first_pass_done else clean_loss
+                loss = evaluate(self._control, closure) if first_pass_done else clean_loss
                 self._base_step()
                 return loss
             with self._perturbed_until_error():
-                perturbed_loss = evaluate(closure)
+                perturbed_loss = evaluate(self._control, closure)
                 self._base_step()
         except BaseException:
             self._give_up()
@@ -339,10 +341,8 @@ class SAM(Wrapper):
 
     def _step_without_closure(self) -> None:
         # Where every learning rate is 0 nothing can be trained wrongly: so distributed checkpointing materialises state.
-        plain = self._control.state is State.CLEAN and (
-            not self._control.enabled or all(map(_has_no_lr, self.base_optimizer.param_groups))
-        )
-        if not plain:
+        begun = self._control.state is not State.CLEAN or self._control.evaluating
+        if begun or (self._control.enabled and not all(map(_has_no_lr, self.base_optimizer.param_groups))):
             self._control.require(Move.STEP)
         self._base_step()
 
@@ -399,6 +399,8 @@ class SAM(Wrapper):
                 self._control.statistics.put_back()
         finally:
             self._control.state = state
+            if state is State.CLEAN:
+                self._control.randomness = None  # the next step has random numbers of its own
 
     @not_traced
     def _give_up(self) -> None:

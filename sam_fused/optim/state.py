@@ -23,6 +23,7 @@ class State(Enum):
     INSIDE = "inside"  # in a perturbed() block, or in the second pass of step(closure)
     READY = "ready"  # perturbed() was left: weights are clean, the gradients are the second pass's
     ACCUMULATED = "accumulated"  # between two micro-batches: weights are clean, the gradients so far are in the accumulators
+    COMPLETE = "complete"  # after the last micro_batch() block: weights are clean, the batch's gradient is added up
 
 
 class Move(Enum):
@@ -38,10 +39,12 @@ class Move(Enum):
     ZERO_GRAD = "zero_grad()"
     ADD_PARAM_GROUP = "add_param_group()"
     RELEASE_BUFFERS = "release_buffers()"
+    SET_NUM_MICRO_BATCHES = "setting num_micro_batches"
 
 
 _LEAVE = "leave the perturbed() block (or the closure) first"
 _FINISH = "call second_step() or step() first, or restore() to give the step up"
+_STEP = "call step() first, or restore() to give the step up"
 _COMPLETE = "run the other micro-batches, whose weights sum to 1, and step() first, or restore() to give the step up"
 
 
@@ -49,14 +52,19 @@ def _refused_when(**remedies: str) -> dict[State, str | None]:
     return {state: remedies.get(state.name) for state in State}
 
 
+def _refused_in_a_step() -> dict[State, str | None]:
+    return _refused_when(PERTURBED=_FINISH, INSIDE=_LEAVE, ACCUMULATED=_COMPLETE, COMPLETE=_STEP)
+
+
 # Every cell: None is allowed, text is the remedy.
 TABLE: dict[Move, dict[State, str | None]] = {
-    Move.FIRST_STEP: _refused_when(PERTURBED=_FINISH, INSIDE=_LEAVE, ACCUMULATED=_COMPLETE),
+    Move.FIRST_STEP: _refused_in_a_step(),
     Move.SECOND_STEP: _refused_when(
         CLEAN="call first_step() after the first backward",
         READY="call step() after a perturbed() or micro_batch() block",
         INSIDE=_LEAVE,
         ACCUMULATED=_COMPLETE,
+        COMPLETE=_STEP,
     ),
     Move.STEP: _refused_when(
         CLEAN="pass a closure, call first_step() or use a perturbed() or micro_batch() block before it, or set enabled = False "
@@ -64,31 +72,38 @@ TABLE: dict[Move, dict[State, str | None]] = {
         INSIDE=_LEAVE,
         ACCUMULATED=_COMPLETE,
     ),
-    Move.STEP_CLOSURE: _refused_when(PERTURBED=_FINISH, INSIDE=_LEAVE, ACCUMULATED=_COMPLETE),
-    Move.PERTURBED: _refused_when(PERTURBED=_FINISH, INSIDE=_LEAVE, ACCUMULATED=_COMPLETE),
-    Move.MICRO_BATCH: _refused_when(
-        PERTURBED=_FINISH,
-        INSIDE=_LEAVE,
-        READY="call step() first, or restore() to give the step up",
-    ),
+    Move.STEP_CLOSURE: _refused_in_a_step(),
+    Move.PERTURBED: _refused_in_a_step(),
+    Move.MICRO_BATCH: _refused_when(PERTURBED=_FINISH, INSIDE=_LEAVE, READY=_STEP, COMPLETE=_STEP),
     Move.RESTORE: _refused_when(INSIDE=_LEAVE),
-    Move.STATE_DICT: _refused_when(PERTURBED=_FINISH, INSIDE=_LEAVE, ACCUMULATED=_COMPLETE),
-    Move.LOAD_STATE_DICT: _refused_when(PERTURBED=_FINISH, INSIDE=_LEAVE, ACCUMULATED=_COMPLETE),
+    Move.STATE_DICT: _refused_in_a_step(),
+    Move.LOAD_STATE_DICT: _refused_in_a_step(),
     Move.ZERO_GRAD: _refused_when(),
-    Move.ADD_PARAM_GROUP: _refused_when(PERTURBED=_FINISH, INSIDE=_LEAVE, ACCUMULATED=_COMPLETE),
-    Move.RELEASE_BUFFERS: _refused_when(PERTURBED=_FINISH, INSIDE=_LEAVE, ACCUMULATED=_COMPLETE),
+    Move.ADD_PARAM_GROUP: _refused_in_a_step(),
+    Move.RELEASE_BUFFERS: _refused_in_a_step(),
+    Move.SET_NUM_MICRO_BATCHES: _refused_in_a_step(),
 }
 
 _WHERE = {
     State.CLEAN: "nothing was perturbed since the last step",
-    State.READY: "a perturbed() or micro_batch() block was left and its step has not been taken",
+    State.READY: "a perturbed() block was left and its step has not been taken",
     State.ACCUMULATED: "micro-batches have been added up and their step has not been taken",
+    State.COMPLETE: "a batch's micro-batches have been added up and their step has not been taken",
     State.PERTURBED: "the weights are perturbed",
     State.INSIDE: "the weights are perturbed",
 }
 
 
-SETTINGS = ("enabled", "backend", "track_perturbation", "max_grad_norm", "same_dropout", "capturable", "model")
+SETTINGS = (
+    "enabled",
+    "backend",
+    "track_perturbation",
+    "max_grad_norm",
+    "same_dropout",
+    "capturable",
+    "model",
+    "num_micro_batches",
+)
 
 
 @dataclass
@@ -103,6 +118,8 @@ class Control:
     same_dropout: bool = False
     capturable: bool = False
     model: Any = None
+    num_micro_batches: int = 1
+    evaluating: bool = False  # a closure is running
     state: State = State.CLEAN
     clean_loss: Any = None
     perturbed_loss: Any = None
@@ -155,6 +172,11 @@ class Control:
 
     def require(self, move: Move) -> None:
         """Raises RuntimeError, in one sentence, if ``move`` is not allowed now."""
+        if self.evaluating:
+            raise RuntimeError(
+                f"step(closure): expected a closure that only evaluates, got one that calls {move.value}: leave perturbing and "
+                "stepping to step(closure), or run both passes by hand."
+            )
         remedy = TABLE[move][self.state]
         if remedy is not None:
             raise RuntimeError(f"{move.value} is not possible while {_WHERE[self.state]}: {remedy}.")

@@ -215,6 +215,26 @@ def test_one_micro_batch_through_the_other_forms_is_sam(backend, form):
     assert_same_bits(case.params, other.params)
 
 
+@pytest.mark.parametrize("with_batch", [False, True])
+@pytest.mark.parametrize("first_pass_done", [False, True])
+def test_one_micro_batch_takes_what_sam_takes(backend, first_pass_done, with_batch):
+    """Frameworks call ``step(closure)``, and loops that log the first loss ``first_pass_done``: both go on working."""
+    case, other = Regression(), Regression()
+    ours = make(case.params, SGD, 1, backend=backend, rho=0.1, lr=0.1, momentum=0.9)
+    sam = SAM(other.params, SGD, rho=0.1, lr=0.1, momentum=0.9, backend=backend)
+    for _ in range(3):
+        batch = (case.x,) if with_batch else ()
+        found = []
+        for optimizer, each, given in ((ours, case, batch), (sam, other, ())):
+            if first_pass_done:
+                optimizer.zero_grad()
+                each.evaluate()
+            closure = lambda *_, each=each: each.evaluate()  # noqa: E731
+            found.append(optimizer.step(closure, *given, first_pass_done=first_pass_done).detach())
+        assert_same_bits(found[:1], found[1:])
+        assert_same_bits(case.params, other.params)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", BASES)
 def test_the_fused_form_and_by_hand_have_the_same_bits(backend, name, dtype):
@@ -395,6 +415,22 @@ def test_the_loss_is_the_batch_s_clean_one(backend):
         return loss.item()
 
     assert isinstance(floats.step(closure, case.x, case.y), float)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_the_loss_of_halves_is_no_sum_of_halves(dtype, count):
+    """Eight losses of 12,768 are more than fp16 holds; and a mean is the same number, of whatever shape the closure's is."""
+    w = parameter([1.0], dtype=torch.float32)
+    optimizer = make([w], SGD, count, lr=0.0)
+
+    def closure(x):
+        (w * x.mean()).sum().backward()
+        return torch.full((1,), 12768.0, dtype=dtype)
+
+    loss = optimizer.step(closure, torch.ones(8))
+    assert loss.shape == () and loss.dtype == dtype and float(loss) == float(torch.tensor(12768.0, dtype=dtype))
+    assert float(optimizer.losses.perturbed) == float(loss)
 
 
 def test_micro_batches_see_clean_weights_first_and_w_plus_e_second(backend):

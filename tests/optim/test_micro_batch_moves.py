@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim import SGD, AdamW, RMSprop
 
-from sam_fused import MicroBatchSAM
+from sam_fused import SAM, MicroBatchSAM
 from sam_fused.optim.state import TABLE, Move, State
 from tests.optim.helpers import (
     Regression,
@@ -29,10 +29,11 @@ ALLOWED = {
     "step": {"complete"},
     "restore": {"accumulated", "complete"},
     "zero_grad": {"accumulated", "inside", "complete"},
-    "state_dict": {"complete"},
-    "load_state_dict": {"complete"},
-    "add_param_group": {"complete"},
-    "release_buffers": {"complete"},
+    "state_dict": set(),
+    "load_state_dict": set(),
+    "add_param_group": set(),
+    "release_buffers": set(),
+    "set_num_micro_batches": set(),
     "first_step": set(),
     "second_step": set(),
     "perturbed": set(),
@@ -85,6 +86,9 @@ class Case:
             with getattr(optimizer, move)(**arguments):
                 self.evaluate(*self.pieces[0])
             return None
+        if move == "set_num_micro_batches":
+            optimizer.num_micro_batches = 4
+            return None
         if move == "load_state_dict":
             return optimizer.load_state_dict(Case(None).optimizer.state_dict())
         if move == "add_param_group":
@@ -129,22 +133,23 @@ def test_refused_moves_change_nothing(backend, move, situation, whole_step):
     torch.testing.assert_close([p.detach() for p in case.params], whole_step, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("action", [copy.deepcopy, pickle.dumps], ids=["deepcopy", "pickle"])
-def test_copies_in_the_middle_of_a_step_are_refused(backend, action):
+def test_copies_in_the_middle_of_a_step_are_refused(backend, action, micro_batches):
+    """After the last one, too: what was added up is in no checkpoint."""
     case = Case(backend)
-    case.micro_batch(0)
+    for number in range(micro_batches):
+        case.micro_batch(number)
     with pytest.raises(RuntimeError) as raised:
         action(case.optimizer)
     assert_one_sentence(raised.value, "micro-batches")
 
 
 def test_the_table_is_the_one_that_is_tested():
-    states = {State.ACCUMULATED: "accumulated", State.INSIDE: "inside", State.READY: "complete"}
+    states = {State.ACCUMULATED: "accumulated", State.INSIDE: "inside", State.COMPLETE: "complete"}
     for move in Move:
         found = {states[state] for state in states if TABLE[move][state] is None}
         wanted = ALLOWED[move.name.lower()]
-        if move in (Move.FIRST_STEP, Move.PERTURBED, Move.STEP_CLOSURE):
-            found.discard("complete")  # of several micro-batches these are refused whatever the state
         assert found == wanted, move
     assert TABLE[Move.MICRO_BATCH][State.CLEAN] is None and TABLE[Move.MICRO_BATCH][State.PERTURBED] is not None
 
@@ -491,10 +496,39 @@ def test_closures_that_take_steps_are_refused(backend):
             torch.nn.functional.mse_loss(case.model(x), y).backward()
         return loss
 
+    def whole(x, y):
+        if len(x) == 8:  # else it would call itself for ever
+            optimizer.step(whole, x[:4], y[:4])
+        loss = torch.nn.functional.mse_loss(case.model(x), y)
+        loss.backward()
+        return loss
+
+    for closure in (nested, whole):
+        with pytest.raises(RuntimeError) as raised:
+            optimizer.step(closure, case.x, case.y)
+        assert_one_sentence(raised.value, "evaluates")
+        assert_same_bits(case.params, before)
+
+
+def test_several_micro_batches_have_several_first_passes(backend):
+    case = Regression()
+    optimizer = make(case.params, SGD, 2, backend=backend, lr=0.1)
+    before = snapshot(case.params)
+    case.evaluate()
+    for error, arguments, named in (
+        (RuntimeError, (lambda x: case.evaluate(), case.x), {"first_pass_done": True}),
+        (TypeError, (None, case.x), {}),
+    ):
+        with pytest.raises(error) as raised:
+            optimizer.step(*arguments, **named)
+        assert_one_sentence(raised.value, "micro_batch()")
+        assert_same_bits(case.params, before)
+    optimizer = make(case.params, SGD, 1, backend=backend, lr=0.1)
+    with optimizer.perturbed():
+        case.evaluate()
     with pytest.raises(RuntimeError) as raised:
-        optimizer.step(nested, case.x, case.y)
-    assert_one_sentence(raised.value, "evaluates")
-    assert_same_bits(case.params, before)
+        optimizer.step(lambda x: case.evaluate(), case.x)
+    assert_one_sentence(raised.value, "restore()")
 
 
 @pytest.mark.parametrize("weight", [0, -0.1, 1.5, float("nan"), float("inf"), "half", True, torch.tensor(0.5)])
@@ -674,6 +708,30 @@ def test_autograd_sees_that_weights_were_written(backend):
         waiting.backward()
 
 
+def test_the_sum_that_was_shown_is_not_overwritten_in_silence(backend):
+    """``.grad`` of fp32 parameters is the accumulator: a graph that holds it has to hear of the next step."""
+    case = Regression()
+    optimizer = make(case.params, SGD, 2, backend=backend, lr=0.1)
+    loss = lambda x, y: torch.nn.functional.mse_loss(case.model(x), y)  # noqa: E731
+    take(optimizer, "by_hand", loss, case.x, case.y)
+    kept = [p.grad for p in case.params]
+    ones = [torch.ones_like(g, requires_grad=True) for g in kept]
+    held = sum((g * one).sum() for g, one in zip(kept, ones, strict=True))
+    optimizer.zero_grad()
+    take(optimizer, "closure", loss, case.x, case.y)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        held.backward()
+
+
+def test_a_framework_that_copies_attributes_sees_the_same_count():
+    """Lightning's wrapper takes over ``__dict__`` and runs our methods with itself as self."""
+    optimizer = make(Regression().params, SGD, 4, lr=0.1)
+    wrapper = copy.copy(optimizer)
+    wrapper.__dict__ = {**optimizer.__dict__}
+    optimizer.num_micro_batches = 2
+    assert wrapper.num_micro_batches == 2
+
+
 def test_settings_survive_copies(backend):
     case = Regression()
     optimizer = make(case.params, SGD, 3, backend=backend, lr=0.1, momentum=0.9, max_grad_norm=2.0)
@@ -698,3 +756,22 @@ def test_schedulers_and_hooks(backend):
             take(optimizer, "closure", lambda x, y: torch.nn.functional.mse_loss(case.model(x), y), case.x, case.y)
             scheduler.step()
     assert fired == ["pre", "base", "post"] * 2 and optimizer.param_groups[0]["lr"] == 0.025
+
+
+@pytest.mark.parametrize("form", ["step", "second_step"])
+def test_hooks_fire_once_by_hand(form):
+    """torch wraps the ``step`` of each class that is constructed: SAM's, too, as soon as there is one."""
+    case = Regression()
+    SAM(case.params, SGD, lr=0.1)
+    optimizer = make(case.params, SGD, 1 if form == "second_step" else 2, lr=0.1)
+    fired = []
+    optimizer.register_step_pre_hook(lambda *_: fired.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: fired.append("post"))
+    if form == "step":
+        take(optimizer, "by_hand", lambda x, y: torch.nn.functional.mse_loss(case.model(x), y), case.x, case.y)
+    else:
+        case.evaluate()
+        optimizer.first_step(zero_grad=True)
+        case.evaluate()
+        optimizer.second_step()
+    assert fired == ["pre", "post"]

@@ -182,6 +182,25 @@ def test_by_hand_the_first_pass_has_to_be_announced():
         task.optimizer.first_step()
 
 
+@pytest.mark.parametrize("how", ["given up", "switched off"])
+def test_random_numbers_of_a_step_that_was_not_taken_are_not_the_next_one_s(how):
+    task = Task("perturbed", same_dropout=True)
+    task.optimizer.remember_randomness()
+    task.evaluate()
+    if how == "given up":
+        task.optimizer.restore()
+    else:
+        task.optimizer.enabled = False
+        with task.optimizer.perturbed():
+            task.evaluate()
+        task.optimizer.step()
+        task.optimizer.enabled = True
+    task.optimizer.zero_grad()
+    task.evaluate()
+    with pytest.raises(RuntimeError, match=r"remember_randomness\(\)"):
+        task.optimizer.first_step()
+
+
 def test_a_first_pass_done_by_hand_before_the_closure():
     task = Task("closure", same_dropout=True)
     task.optimizer.remember_randomness()
