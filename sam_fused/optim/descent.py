@@ -22,6 +22,7 @@ from .bases import FusedBase, FusedState, fused_base
 from .state import Control
 
 _is_cpu = attrgetter("is_cpu")
+_version_of = attrgetter("_version")
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,12 @@ class Descent:
         return all(map(_is_cpu, params)) or _serve_fused(partition(params, range(len(params)), self._control.backend))
 
     def step(self, base: Optimizer, ascent: Ascent, params: list[Tensor], final: Final) -> None:
-        """Leaves the weights clean and stepped. If a check fails, nothing has been written; whatever else is thrown,
-        ``stepped`` says whether any weight has taken the step."""
-        self.stepped = False
+        """Leaves the weights clean and stepped. If a check fails, nothing has been written.
+
+        Whatever else is thrown, ``stepped``, which the caller sets to False before, says whether any weight may have taken the step: it must not be taken again. (An
+        interrupt in the middle of the Python backends' operations, which go through several calls of torch, leaves perturbed
+        weights to be restored; momentum and moments may have moved then.)
+        """
         self._control.grad_norm = None
         if final.skip is not None and final.skip.is_cpu and bool(final.skip):
             # Read here only where reading costs nothing: nothing of the base optimizer, not even its state's creation, happens.
@@ -104,6 +108,11 @@ class Descent:
             part.tensors.restore_()
         for entry in self._parts:
             entry.part.tensors.perturbed.fill_(1)  # cleared by the operation, in the call that steps
+        # Python backends step weights before they clear the cell. Of weights that were clean the versions tell.
+        versions = [
+            list(map(_version_of, entry.part.tensors.params)) if chosen.addresses is None and not ascending else None
+            for entry, chosen in zip(self._parts, checked, strict=True)
+        ]
         try:
             for entry in self._parts:
                 entry.state.commit()
@@ -112,8 +121,9 @@ class Descent:
             self.stepped = True
         except BaseException:
             self._key = None
-            for entry in self._parts:
-                if entry.part.tensors.is_perturbed:
+            for entry, before in zip(self._parts, versions, strict=True):
+                written = before is not None and before != list(map(_version_of, entry.part.tensors.params))
+                if entry.part.tensors.is_perturbed and not written:
                     entry.state.withdraw()
                 else:
                     self.stepped = True
@@ -230,8 +240,7 @@ class Descent:
         factor = self._factor_unfused([grad for _, grad in present], final.grad_scale)
         own = all(param.grad is grad for param, grad in present)
         if factor is None and own:
-            base.step()
-            self.stepped = True
+            self._run(base, params)
             return
         # Copies stand in for the gradients during the step: gradients are never written into.
         held = [param.grad for param, _ in present]
@@ -239,11 +248,21 @@ class Descent:
         try:
             for (param, _), stand_in in zip(present, stand_ins, strict=True):
                 param.grad = stand_in
-            base.step()
-            self.stepped = True
+            self._run(base, params)
         finally:
             for (param, _), own_grad in zip(present, held, strict=True):
                 param.grad = own_grad
+
+    def _run(self, base: Optimizer, params: list[Tensor]) -> None:
+        """The base optimizer's own ``step``. Where that raises, weights that were written say that it had stepped: a hook after
+        it raised, or an interrupt came."""
+        before = list(map(_version_of, params))
+        try:
+            base.step()
+            self.stepped = True
+        except BaseException:
+            self.stepped = before != list(map(_version_of, params))
+            raise
 
     def _factor_unfused(self, grads: list[Tensor], grad_scale: Tensor | None) -> Tensor | None:
         """What the gradients are multiplied with before the base optimizer's own ``step`` reads them."""

@@ -23,11 +23,17 @@ def key_names(base_keys: set[str]) -> dict[str, str]:
     return {name: PREFIX + name if name in base_keys else name for name in DEFAULTS}
 
 
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, Real)
+
+
 def check_group(group: dict[str, Any], names: dict[str, str], index: int) -> None:
     """Refuses hyper-parameters that mean nothing, in one sentence."""
     for name in ("rho", "perturb_eps"):
         value = group[names[name]]
-        if not isinstance(value, (Real, Tensor)) or not math.isfinite(value) or value < 0:
+        if not _is_number(value) or not math.isfinite(value) or value < 0:
             raise ValueError(
                 f"{names[name]} of parameter group {index}: expected a finite number >= 0, got {value!r}: "
                 f"use for example {DEFAULTS[name]}."

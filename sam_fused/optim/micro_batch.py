@@ -119,16 +119,16 @@ class MicroBatchSAM(SAM):
             if closure is None:
                 if batch:
                     raise TypeError(
-                        "step(closure, *batch): expected a closure for the batch, got None: pass what runs forward and backward "
-                        "on a micro-batch, or step() alone after micro_batch() blocks."
+                        "step(closure, *batch): expected a closure for the batch, got None: pass what runs forward and "
+                        "backward on a micro-batch, or step() alone after micro_batch() blocks."
                     )
                 return self._take_step(None)
             if self._control.num_micro_batches == 1 and (first_pass_done or not batch):
                 return self._take_step(partial(closure, *batch), first_pass_done)
             if first_pass_done:
                 raise RuntimeError(
-                    f"step(closure, first_pass_done=True): expected one micro-batch, got {self._control.num_micro_batches}, each "
-                    "with a first pass of its own: leave it out, or run both passes by hand with micro_batch()."
+                    f"step(closure, first_pass_done=True): expected one micro-batch, got {self._control.num_micro_batches}, "
+                    "each with a first pass of its own: leave it out, or run both passes by hand with micro_batch()."
                 )
             self._refuse_scaled_closure()
             self._control.require(Move.STEP_CLOSURE)
@@ -314,8 +314,8 @@ class MicroBatchSAM(SAM):
         """After ``perturbed()`` SAM takes a closure for the gradients of the step; a batch would be two passes more."""
         if self._control.state is State.READY:
             raise RuntimeError(
-                "step(closure, *batch) is not possible while a perturbed() block was left and its step has not been taken: call "
-                "step() first, or restore() to give the step up."
+                "step(closure, *batch) is not possible while a perturbed() block was left and its step has not been taken: "
+                "call step() first, or restore() to give the step up."
             )
 
     # ---- torch.optim's interface ---------------------------------------------------------------------------------------

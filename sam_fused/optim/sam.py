@@ -419,6 +419,7 @@ class SAM(Wrapper):
             final = Final(list(map(grad_of, params)), grad_scale=scale, found_inf=found_inf)
         if scale is None and found_inf is not None:
             self._refuse_unscaled_too_early()
+        self._descent.stepped = False
         try:
             self._descent.step(self.base_optimizer, self._ascent, params, final)
             self._settle(State.CLEAN)

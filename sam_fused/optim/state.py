@@ -133,7 +133,7 @@ class Control:
     # does; and the first pass's, which first_step() leaves.
     groups_read: bool = False
     first: list[weakref.ref[Tensor]] = field(default_factory=list)
-    first_version: int = 0  # of the first of them: what is added to one, or zeroed, is to all
+    first_versions: list[int] = field(default_factory=list)
     # What surrounds the second pass: the model's running statistics, the first pass's random numbers.
     statistics: Any = None
     randomness: Any = None
@@ -148,18 +148,15 @@ class Control:
         unscaled before the second backward is not what the step is taken with."""
         if self.groups_read or self.state is State.CLEAN:
             return
-        known = {id(grad): grad for reference in self.first if (grad := reference()) is not None}
+        known = {id(grad): v for seen, v in zip(self.first, self.first_versions, strict=True) if (grad := seen()) is not None}
         present = [param.grad for group in param_groups for param in group["params"] if param.grad is not None]
-        same = all(id(grad) in known for grad in present)
-        if same and present and self.first and (first := self.first[0]()) is not None:
-            same = first._version == self.first_version
-        self.groups_read = bool(present) and not same
+        self.groups_read = any(known.get(id(grad)) != grad._version for grad in present)
 
     def note_first(self, grads: list[Tensor | None]) -> None:
         """The gradients that the first pass leaves on the parameters while the weights are perturbed."""
         present = [grad for grad in grads if grad is not None]
         self.first = list(map(weakref.ref, present))
-        self.first_version = present[0]._version if present else 0
+        self.first_versions = list(map(_version_of, present))
 
     def remember(self, grads: list[Tensor | None]) -> None:
         """These gradients may be cleared by the next step: nothing is lost with them."""

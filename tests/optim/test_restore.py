@@ -398,6 +398,78 @@ def test_interrupt_at_any_line_of_a_closure_step(backend, name):
     interrupted_everywhere(prepare)
 
 
+@pytest.mark.parametrize("base", ["SGD", "AdamW"])
+def test_a_step_of_clean_weights_is_not_taken_twice(backend, base):
+    """After perturbed() there is no backup to go back to: an interrupted step() has happened, or may be called again."""
+    optimizer, params, evaluate = _two_params(backend, BASES[base])
+
+    def begin():
+        optimizer, params, evaluate = _two_params(backend, BASES[base])
+        evaluate()
+        with optimizer.perturbed():
+            evaluate()
+        return optimizer, params
+
+    optimizer, params = begin()
+    clean = snapshot(params)
+    optimizer.step()
+    once = snapshot(params)
+
+    def prepare():
+        optimizer, params = begin()
+
+        def check():
+            if optimizer._control.state is State.READY:
+                if not all(map(torch.equal, snapshot(params), clean)):
+                    return "stepped, and ready to step again"
+                optimizer.step()
+            elif backend != "native":
+                return None  # between two of torch's own calls some weights have stepped, and others not
+            return None if all(map(torch.equal, snapshot(params), once)) else "neither clean nor stepped"
+
+        return optimizer.step, check
+
+    interrupted_everywhere(prepare)
+
+
+@pytest.mark.parametrize("place", ["post hook", "step itself"])
+def test_an_error_after_an_unfused_step_is_not_a_reason_to_step_again(place):
+    optimizer, params, evaluate = _two_params(None, BASES["SGD"])
+    base = optimizer.base_optimizer
+
+    def fail(*_):
+        raise ValueError("in the middle")
+
+    if place == "post hook":
+        handle = base.register_step_post_hook(fail)
+    else:
+        own = base.step
+        base.step = lambda: (own(), fail())
+    evaluate()
+    with optimizer.perturbed():
+        evaluate()
+    before = snapshot(params)
+    with pytest.raises(ValueError, match="in the middle"):
+        optimizer.step()
+    after = snapshot(params)
+    assert not any(map(torch.equal, after, before)) and optimizer._control.state is State.CLEAN
+    with pytest.raises(RuntimeError, match="not possible"):
+        optimizer.step()
+    assert_same_bits(params, after)
+    if place == "post hook":
+        handle.remove()
+        handle = base.register_step_pre_hook(fail)  # before it: nothing has happened, and it may be taken again
+        evaluate()
+        with optimizer.perturbed():
+            evaluate()
+        with pytest.raises(ValueError, match="in the middle"):
+            optimizer.step()
+        assert_same_bits(params, after)
+        handle.remove()
+        optimizer.step()
+        assert not any(map(torch.equal, snapshot(params), after))
+
+
 @pytest.mark.parametrize("how", ["perturbed", "first_step"])
 def test_interrupt_at_any_line_of_an_ascent(backend, how):
     optimizer, params, evaluate = _two_params(backend, BASES["SGD"])
