@@ -22,13 +22,15 @@ from .ops import backends, checks
 from .ops.fingerprint import PLAIN_TYPES
 from .ops.functional import combined_norm
 from .ops.prepared import TensorSet
+from .optim.ascent import partition
 
 
 class Perturbation:
     """Tensors at ``w + e``, from ``perturb`` to ``restore``: as a context manager, which restores on the way out, or by hand.
 
     What is written into the tensors in between is lost: take optimizer steps after restoring. When the last reference to it
-    goes while the tensors are perturbed, they are restored, and a RuntimeWarning says so.
+    goes while the tensors are perturbed, a RuntimeWarning says so, and they are restored; unless somebody has written into them
+    since, whose work this would undo at a moment that nobody chose: then they stay as they are.
 
     Attributes:
         norm: what e was divided by, a 0-dim tensor.
@@ -118,7 +120,7 @@ def perturb(
     checks.refuse_shared_memory(moving)
     _refuse_capture(moving, "perturb()")
     sets, picked = [], []
-    for name, indices in _by_device_and_backend(moving, backend):
+    for (_, name), indices in partition(moving, range(len(moving)), backend).items():
         sets.append(_prepared([moving[i] for i in indices], [directions[i] for i in indices], name, adaptive))
         picked.append(sets[-1].checked([directions[i] for i in indices]))
     if norm is not None:
@@ -132,6 +134,7 @@ def perturb(
         perturbation = Perturbation(norm, moved)
         for members, chosen in zip(sets, picked, strict=True):
             members.perturb_(chosen, norm.to(members.params[0].device), hyper)
+        moved.note_versions()
     except BaseException:
         moved.unwind()
         raise
@@ -164,13 +167,24 @@ class _Moved:
         self._tensors = [tensor for members in sets for tensor in members.params]
         devices = {tensor.device for tensor in self._tensors if tensor.is_cuda}
         self._streams = [torch.cuda.current_stream(device) for device in devices]
+        self._versions: dict[int, int] = {}
         self._above: list[_Moved] = []
+        self._unwritten_below: list[_Moved] = []
         self._handle_is_lost = False
         self._serial = next(_serials)
         for other in list(_perturbed.values()):
             if _overlap(other._tensors, self._tensors):
                 other._above.append(self)
+                if not other._was_written():
+                    self._unwritten_below.append(other)
         _perturbed[self._serial] = self
+
+    def note_versions(self) -> None:
+        """The tensors are what this perturbation, or the end of one above it, has made of them."""
+        self._versions.update((id(tensor), _version_of(tensor)) for tensor in self._tensors)
+
+    def _was_written(self) -> bool:
+        return any(self._versions.get(id(tensor)) != _version_of(tensor) for tensor in self._tensors)
 
     @not_traced
     def put_back_in_order(self) -> None:
@@ -192,12 +206,17 @@ class _Moved:
         """The handle is gone: restores now or, if later perturbations hold, after the last of them."""
         anything_moved = bool(self._sets)
         self._handle_is_lost = True
+        outcome = "they are restored"
         if not self._above:
-            self._put_back()
+            if self._was_written():
+                self._forget()
+                outcome = "they have been written since, and stay as they are, perturbed"
+            else:
+                self._put_back()
         if anything_moved:
             warnings.warn(
                 "perturb(): expected its result to be kept until restore(), or to be entered by with, got it dropped while the "
-                "tensors were perturbed: they are restored.",
+                f"tensors were perturbed: {outcome}.",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -217,14 +236,28 @@ class _Moved:
                     members.restore_converted_()
         for made, now in others:
             made.wait_stream(now)  # the backups' memory is given out again in the order of the stream they were made on
+        mine = set(map(id, self._tensors))
+        for below in self._unwritten_below:  # has its tensors back as they were
+            below._versions.update((id(t), _version_of(t)) for t in below._tensors if id(t) in mine)
+        self._forget()
+
+    def _forget(self) -> None:
+        """There is nothing to put back any more."""
         _perturbed.pop(self._serial, None)
-        self._sets, self._tensors = [], []
+        self._sets, self._tensors, self._unwritten_below = [], [], []
         self.is_perturbed = False
         for below in list(_perturbed.values()):
             if self in below._above:
                 below._above.remove(self)
                 if below._handle_is_lost and not below._above:
-                    below._put_back()
+                    if below._was_written():
+                        below._forget()
+                    else:
+                        below._put_back()
+
+
+def _version_of(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # made in inference mode it has none
 
 
 def _overlap(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
@@ -309,16 +342,6 @@ def _with_gradients(tensors: list[Tensor], grads: Iterable[Tensor | None] | None
             )
         pairs.append((tensor, grad))
     return [tensor for tensor, _ in pairs], [grad for _, grad in pairs]
-
-
-def _by_device_and_backend(tensors: list[Tensor], forced: str | None) -> list[tuple[str, list[int]]]:
-    parts: dict[tuple[torch.device, str], list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        # A subclass's memory is not its alone: torch's own calls know what to do with it.
-        own_memory = type(tensor) in PLAIN_TYPES
-        name = backends.choose(tensor.device, forced) if own_memory or forced is not None else "foreach"
-        parts.setdefault((tensor.device, name), []).append(index)
-    return [(name, indices) for (_, name), indices in parts.items()]
 
 
 def _prepared(tensors: list[Tensor], grads: list[Tensor], backend: str, adaptive: bool) -> TensorSet:

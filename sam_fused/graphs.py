@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .ops import backends
 from .ops.captures import kept_in
 from .optim.bases import fused_base
+from .optim.descent import is_capturable
 from .optim.micro_batch import MicroBatchSAM
 from .optim.sam import SAM
 from .optim.state import State
@@ -30,7 +31,8 @@ def graphed_step(
 
     For a ``MicroBatchSAM`` the graph holds all micro-batches of a batch. Between replays may change: the batch's values;
     weights, in place; learning rates, rho and every other number in the parameter groups, by schedulers or by hand;
-    ``max_grad_norm``. What a replay could not see is refused, before the capture or at the call.
+    ``max_grad_norm``. What a replay could not see is refused, before the capture or at the call: loading a checkpoint, say,
+    replaces the base optimizer's state, so load first. Gradients that are there are dropped.
 
     Args:
         model, loss_fn: ``loss_fn(model(inputs), *targets)`` is a scalar, the mean over the batch.
@@ -58,7 +60,8 @@ def graphed_step(
 class GraphedStep:
     """``step(*batch)``: copies the batch to where the graph reads it, writes changed hyper-parameters, replays.
 
-    Returns the clean loss, a copy. ``.grad`` holds, in the graph's memory, what a step leaves there.
+    Returns the clean loss, a copy. ``.grad`` holds, in the graph's memory, what a step leaves there, and so do the optimizer's
+    ``losses`` and ``grad_norm``: the next call overwrites them.
     """
 
     def __init__(
@@ -76,12 +79,19 @@ class GraphedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._loss = torch.zeros((), device=self._device)
         self._frozen: list[tuple[str, Any]] = []
+        self._readings: dict[str, Any] = {}  # where the graph leaves them
         self._read: dict[int, Any] = {}  # by the graph: buffers, tables and sets, for as long as it can be replayed
         optimizer.zero_grad(set_to_none=True)
-        with _undone(model, optimizer, self._device):
-            self._warm_up(max(warmup, 1), on_a_stream=capture)
-        if capture:
-            self._capture()
+        control = optimizer._control
+        before = control.readings()
+        try:
+            with _undone(model, optimizer, self._device):
+                self._warm_up(max(warmup, 1), on_a_stream=capture)
+            if capture:
+                self._capture()
+                self._readings = control.readings()
+        finally:
+            control.set_readings(before)
         self._frozen = _what_is_frozen(model, optimizer)
 
     def _warm_up(self, count: int, on_a_stream: bool) -> None:
@@ -116,7 +126,7 @@ class GraphedStep:
         return loss.detach()
 
     def __call__(self, *batch: Tensor) -> Tensor:
-        """One step on ``batch``, of the sample's shapes and dtypes.
+        """One step on ``batch``, of the sample's shapes and dtypes, on its device or on the CPU.
 
         Raises:
             ValueError: another number of tensors, or another shape, dtype or device than the sample's.
@@ -125,11 +135,14 @@ class GraphedStep:
         self._check_batch(batch)
         self._check_frozen()
         for static, tensor in zip(self._static, batch, strict=True):
-            static.copy_(tensor, non_blocking=True)
+            # From the host it is waited for: who loads batches ahead moves them ahead, and knows when memory is free again.
+            static.copy_(tensor, non_blocking=tensor.device == static.device)
         if self._graph is None:
             return self._run().clone()
         self._optimizer._refresh_hyper()
         self._graph.replay()
+        self._optimizer._control.set_readings(self._readings)
+        self._optimizer._note_step()
         return self._loss.clone()
 
     def _check_batch(self, batch: tuple[Tensor, ...]) -> None:
@@ -144,9 +157,14 @@ class GraphedStep:
                     f"{tensor.dtype} {tuple(tensor.size())}: drop the last, smaller batch (drop_last=True), or take it with "
                     "optimizer.step."
                 )
+            if tensor.device != static.device and not tensor.is_cpu:
+                raise ValueError(
+                    f"step(*batch): expected tensor {index} on {static.device} or on the CPU, got {tensor.device}: move it to "
+                    "either."
+                )
 
     def _check_frozen(self) -> None:
-        for (name, was), (_, now) in zip(self._frozen, _what_is_frozen(self._model, self._optimizer), strict=False):
+        for (name, was), (_, now) in zip(self._frozen, _what_is_frozen(self._model, self._optimizer), strict=True):
             if now != was:
                 raise RuntimeError(
                     f"step(*batch): expected {name} as at the capture, got it changed, which the graph does not see: make a "
@@ -164,12 +182,18 @@ def _what_is_frozen(model: nn.Module, optimizer: SAM) -> list[tuple[str, Any]]:
     params = [param for group in groups for param in group["params"]]
     return [
         ("the optimizer's parameters", [param.data_ptr() for param in params]),
+        ("the model's parameters and buffers", [t.data_ptr() for t in (*model.parameters(), *model.buffers())]),
+        (
+            "the base optimizer's state (loading a checkpoint replaces it)",
+            [t.data_ptr() for held in base.state.values() for t in held.values() if isinstance(t, Tensor)],
+        ),
+        ("step hooks (some or none)", bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)),
         ("which parameters are perturbed, and how", [(group[names["perturb"]], group[names["adaptive"]]) for group in groups]),
         ("which parameters require gradients", [param.requires_grad for param in params]),
-        ("momentum, amsgrad and step hooks of the base optimizer (on or off)", (family is None, keys)),
+        ("momentum, amsgrad and step hooks of the base optimizer (some or none)", (family is None, keys)),
         ("maximize", [bool(group.get("maximize")) for group in groups]),
         ("optimizer.enabled", optimizer.enabled),
-        ("max_grad_norm (on or off)", optimizer.max_grad_norm is None),
+        ("max_grad_norm (a limit or none)", optimizer.max_grad_norm is None),
         ("num_micro_batches", getattr(optimizer, "num_micro_batches", 1)),
         ("the modules' training or evaluation mode", [module.training for module in model.modules()]),
     ]
@@ -251,7 +275,7 @@ def _obstacles(model: nn.Module, optimizer: SAM, device: torch.device) -> list[t
     found = [
         (control.state is not State.CLEAN, "a step that was begun", "finish it, or call restore()"),
         (
-            not (control.capturable or any(group.get("capturable") for group in base.param_groups)),
+            not is_capturable(control, base),
             "hyper-parameters that the host hands over at every step",
             "construct the optimizer with capturable=True",
         ),

@@ -339,7 +339,7 @@ class Broken(Exception):
 def test_if_a_part_fails_no_part_has_moved(monkeypatch, when):
     """Two parts as with two devices: backends stand for those. The second fails, before or after it has moved."""
     first, second = double([1.0]), double([2.0])
-    monkeypatch.setattr(functions, "_by_device_and_backend", lambda tensors, forced: [("foreach", [0]), ("reference", [1])])
+    monkeypatch.setattr(functions, "partition", lambda *_: {("here", "foreach"): [0], ("there", "reference"): [1]})
     perturb_ = TensorSet.perturb_
     seen = []
 
@@ -361,7 +361,7 @@ def test_if_a_part_fails_no_part_has_moved(monkeypatch, when):
 
 
 def test_parts_share_one_norm(monkeypatch):
-    monkeypatch.setattr(functions, "_by_device_and_backend", lambda tensors, forced: [("foreach", [0]), ("reference", [1])])
+    monkeypatch.setattr(functions, "partition", lambda *_: {("here", "foreach"): [0], ("there", "reference"): [1]})
     tensors = [double([0.0]), double([0.0])]
     with perturb(tensors, [double([3.0]), double([4.0])], 1.0) as perturbation:
         assert [tensor.item() for tensor in tensors] == pytest.approx([0.6, 0.8], abs=ABS)
@@ -404,6 +404,46 @@ def test_a_lost_perturbation_in_a_cycle_is_restored():
     perturbation.itself = perturbation
     del perturbation
     with pytest.warns(RuntimeWarning):
+        gc.collect()
+    assert w.item() == 1.0
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_lost_perturbation_does_not_undo_what_was_trained_since(nested):
+    """The garbage collector chooses the moment: a traceback may have held the handle for an hour."""
+    w, other = double([1.0]), double([1.0])
+    lost = perturb([w, other], [double([1.0])] * 2, 1.0)
+    if nested:
+        with perturb([w], [double([1.0])], 1.0):
+            other.add_(5.0)
+    else:
+        w.add_(5.0)
+    here = w.item(), other.item()
+    with pytest.warns(RuntimeWarning) as caught:
+        del lost
+        gc.collect()
+    assert (w.item(), other.item()) == here
+    assert_one_sentence(caught[0].message, "stay as they are")
+    # And nothing stands in the way of the next one.
+    with perturb([w], [double([1.0])], 1.0):
+        pass
+    assert w.item() == here[0]
+
+
+def test_a_lost_perturbation_below_another_is_restored_after_it():
+    w = double([1.0])
+    lost, upper = perturb([w], [double([1.0])], 1.0), None
+    upper = perturb([w], [double([1.0])], 1.0)
+    with pytest.warns(RuntimeWarning):
+        del lost
+        gc.collect()
+    upper.restore()
+    assert w.item() == 1.0
+    lost = perturb([w], [double([1.0])], 1.0)
+    with perturb([w], [double([1.0])], 1.0):
+        w.mul_(3.0)
+    with pytest.warns(RuntimeWarning):
+        del lost
         gc.collect()
     assert w.item() == 1.0
 

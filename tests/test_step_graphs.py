@@ -1,5 +1,7 @@
 """``graphed_step`` without a GPU: everything but the capture, which ``capture=False`` leaves out. tests/gpu has the rest."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -94,6 +96,17 @@ def test_warming_up_leaves_no_trace(form, base, steps_before):
         task.eager(*task.batches[3])
     assert_same(ours, untouched)
     assert int(ours.optimizer.ascent_overflows) == 0
+
+
+def test_warming_up_is_not_a_step_to_read_of():
+    task = Task(max_grad_norm=1.0)
+    step = task.graphed()
+    assert task.optimizer.losses is None and task.optimizer.grad_norm is None
+    step(*task.batches[0])
+    assert task.optimizer.losses is not None
+    losses, norm = task.optimizer.losses, task.optimizer.grad_norm
+    task.graphed()
+    assert task.optimizer.losses == losses and task.optimizer.grad_norm is norm
 
 
 def test_the_loss_is_a_copy():
@@ -217,7 +230,13 @@ def test_batches_unlike_the_sample():
     step = task.graphed()
     x, y = task.batches[0]
     before = task.everything()
-    for batch, words in (((x[:5], y[:5]), ("(5, 6)", "drop_last")), ((x.double(), y), ("float64",)), ((x,), ("got 1",))):
+    unlike = {
+        "shape": ((x[:5], y[:5]), ("(5, 6)", "drop_last")),
+        "dtype": ((x.double(), y), ("float64",)),
+        "count": ((x,), ("got 1",)),
+        "device": ((x.to("meta"), y), ("meta",)),
+    }
+    for batch, words in unlike.values():
         with pytest.raises(ValueError) as raised:
             step(*batch)
         assert_one_sentence(raised.value, *words)
@@ -233,7 +252,11 @@ CHANGES = {
     "are perturbed": lambda task: task.optimizer.param_groups[0].update(adaptive=True),
     "maximize": lambda task: task.optimizer.param_groups[0].update(maximize=True),
     "momentum": lambda task: task.optimizer.param_groups[0].update(momentum=0.0, nesterov=False),
-    "parameters": lambda task: task.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]}),
+    "optimizer's parameters": lambda task: task.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]}),
+    "model's parameters": lambda task: setattr(task.model[1], "running_mean", torch.zeros(8)),
+    "state": lambda task: task.optimizer.load_state_dict(copy.deepcopy(task.optimizer.state_dict())),
+    "step hooks (": lambda task: task.optimizer.register_step_post_hook(lambda *_: None),
+    "hooks of the base": lambda task: task.optimizer.base_optimizer.register_step_post_hook(lambda *_: None),
 }
 
 

@@ -300,7 +300,7 @@ def inverse_scale(scale: Tensor) -> Tensor:
 
 def clip_factor(norm: Tensor, max_norm: float | Tensor) -> Tensor:
     """``min(1, max_norm / (norm + 1e-6))``, as `torch.nn.utils.clip_grad_norm_` has it, on the norm's device."""
-    limit = max_norm.to(norm).reshape(()) if isinstance(max_norm, Tensor) else max_norm
+    limit = max_norm.detach().to(norm).reshape(()) if isinstance(max_norm, Tensor) else max_norm
     return (limit / (norm + 1e-6)).clamp(max=1.0)
 
 

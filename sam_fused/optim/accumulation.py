@@ -155,6 +155,11 @@ class Accumulation:
 
     def _adding(self, ascent: Ascent, params: list[Tensor], grads: list[Tensor | None]) -> _Adding:
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
+            if self._holds:
+                raise RuntimeError(
+                    "micro-batches: expected the same parameters throughout a step, got others in the groups than the "
+                    "micro-batches before had: add and remove parameters between steps."
+                )
             self._known.clear()
             self._params = list(params)
             self._buffers.keep(params)

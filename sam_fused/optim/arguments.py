@@ -114,6 +114,7 @@ def check_limit(value: Any) -> None:
     if value is None or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_cpu):
         return
     if isinstance(value, Tensor):
+        value = value.detach()
         is_number = value.numel() == 1 and value.dtype != torch.bool and not value.is_complex()
     else:
         is_number = isinstance(value, Real) and not isinstance(value, bool)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 
 def micro_batches(batch: tuple[Any, ...], count: int) -> list[tuple[tuple[Any, ...], int]]:
     """``count`` tuples of arguments and how many samples each has: sizes differ by one at most, the larger ones come first.
 
-    Tensors are cut along their first dimension, in nested lists, tuples and dicts too; views, no copies. Everything else,
-    tensors without dimensions included, goes into each micro-batch as it is.
+    Tensors are cut along their first dimension, in nested lists, tuples, dicts and dataclasses too; views, no copies.
+    Everything else, tensors without dimensions included, goes into each micro-batch as it is.
 
     Raises:
         ValueError: no tensor to cut, tensors that differ in the number of samples, fewer samples than micro-batches.
+        TypeError: a packed sequence or a nested tensor, whose first dimension is not the batch.
     """
     sizes: list[tuple[str, int]] = []
     for index, argument in enumerate(batch):
@@ -48,6 +51,11 @@ def micro_batches(batch: tuple[Any, ...], count: int) -> list[tuple[tuple[Any, .
 
 
 def _collect(value: Any, name: str, sizes: list[tuple[str, int]]) -> None:
+    if isinstance(value, PackedSequence) or (isinstance(value, Tensor) and value.is_nested):
+        raise TypeError(
+            f"step(closure, *batch): expected tensors whose first dimension is the batch, got a {type(value).__name__} of "
+            f"sequences in {name}: pass padded sequences and their lengths, or cut the batch yourself and use micro_batch()."
+        )
     if isinstance(value, Tensor):
         if value.dim():
             sizes.append((name, value.size(0)))
@@ -57,6 +65,13 @@ def _collect(value: Any, name: str, sizes: list[tuple[str, int]]) -> None:
     elif isinstance(value, (list, tuple)):
         for index, entry in enumerate(value):
             _collect(entry, f"{name}[{index}]", sizes)
+    elif _is_dataclass(value):
+        for field in dataclasses.fields(value):
+            _collect(getattr(value, field.name), f"{name}.{field.name}", sizes)
+
+
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def _cut(value: Any, begin: int, size: int) -> Any:
@@ -72,7 +87,14 @@ def _cut(value: Any, begin: int, size: int) -> Any:
         return cut
     if isinstance(value, tuple):
         entries = [_cut(entry, begin, size) for entry in value]
-        return type(value)(*entries) if hasattr(value, "_fields") else tuple(entries)
+        return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
     if isinstance(value, list):
-        return [_cut(entry, begin, size) for entry in value]
+        cut = copy.copy(value)
+        cut[:] = [_cut(entry, begin, size) for entry in value]
+        return cut
+    if _is_dataclass(value):
+        cut = copy.copy(value)
+        for field in dataclasses.fields(value):  # frozen ones, too, and such as no constructor takes
+            object.__setattr__(cut, field.name, _cut(getattr(value, field.name), begin, size))
+        return cut
     return value

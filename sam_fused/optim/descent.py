@@ -84,9 +84,9 @@ class Descent:
     def step(self, base: Optimizer, ascent: Ascent, params: list[Tensor], final: Final) -> None:
         """Leaves the weights clean and stepped. If a check fails, nothing has been written.
 
-        Whatever else is thrown, ``stepped``, which the caller sets to False before, says whether any weight may have taken the step: it must not be taken again. (An
-        interrupt in the middle of the Python backends' operations, which go through several calls of torch, leaves perturbed
-        weights to be restored; momentum and moments may have moved then.)
+        Whatever else is thrown, ``stepped``, which the caller sets to False before, says whether any weight may have taken the
+        step: it must not be taken again. (An interrupt in the middle of the Python backends' operations, which go through
+        several calls of torch, leaves perturbed weights to be restored; momentum and moments may have moved then.)
         """
         self._control.grad_norm = None
         if final.skip is not None and final.skip.is_cpu and bool(final.skip):

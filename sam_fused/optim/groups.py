@@ -33,6 +33,8 @@ def check_group(group: dict[str, Any], names: dict[str, str], index: int) -> Non
     """Refuses hyper-parameters that mean nothing, in one sentence."""
     for name in ("rho", "perturb_eps"):
         value = group[names[name]]
+        if isinstance(value, Tensor):
+            value = value.detach()  # a learned one: reading it is no part of a graph
         if not _is_number(value) or not math.isfinite(value) or value < 0:
             raise ValueError(
                 f"{names[name]} of parameter group {index}: expected a finite number >= 0, got {value!r}: "

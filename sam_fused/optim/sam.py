@@ -17,7 +17,7 @@ from sam_fused.batch_norm import RunningStatistics
 from sam_fused.compiled import not_traced
 from sam_fused.ops import backends
 from sam_fused.ops.functional import not_all_zero
-from sam_fused.ops.hyper import is_known
+from sam_fused.ops.hyper import is_known, number
 from sam_fused.ops.metrics import PerturbationMetrics
 from sam_fused.randomness import Randomness
 
@@ -32,7 +32,7 @@ grad_of = attrgetter("grad")
 
 
 def _has_no_lr(group: dict[str, Any]) -> bool:
-    return is_known(group["lr"]) and float(group["lr"]) == 0
+    return is_known(group["lr"]) and float(number(group["lr"])) == 0
 
 
 class Losses(NamedTuple):
@@ -428,9 +428,12 @@ class SAM(Wrapper):
                 self._give_up()
             raise
         self._control.clean_loss = self._control.perturbed_loss = None
-        # What an LR scheduler looks for on either optimizer to know that a step was taken.
-        self.base_optimizer._opt_called = self._opt_called = True  # type: ignore[attr-defined]
+        self._note_step()
         self._remember_gradients()
+
+    def _note_step(self) -> None:
+        """What an LR scheduler looks for on either optimizer to know that a step was taken."""
+        self.base_optimizer._opt_called = self._opt_called = True  # type: ignore[attr-defined]
 
     def _params(self) -> list[Tensor]:
         """The parameters of all groups; to be read, not kept: of a single group it is the group's own list."""

@@ -143,6 +143,14 @@ class Control:
         """What the constructor was told and may have been changed since: all that outlives a pickle."""
         return {name: getattr(self, name) for name in SETTINGS}
 
+    def readings(self) -> dict[str, Any]:
+        """What a step leaves to be read."""
+        return {name: getattr(self, name) for name in ("clean_loss", "perturbed_loss", "grad_norm")}
+
+    def set_readings(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+
     def note_reader(self, param_groups: list[dict[str, Any]]) -> None:
         """Somebody asks for the groups. That counts once there is a gradient which the first pass has not left: what is
         unscaled before the second backward is not what the step is taken with."""

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import MutableMapping
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -128,6 +129,44 @@ CONTAINERS = {
     "a mapping of one's own": lambda x: Wrapped({"x": x, "y": x + 1}),
     "nested": lambda x: {"x": [x, {"y": x}]},
 }
+
+
+class Labels(list):
+    """A list with an attribute."""
+
+    source = "text"
+
+
+@dataclass(frozen=True)
+class Sample:
+    x: torch.Tensor
+    name: str
+    inner: dict
+    length: int = field(init=False, default=0)
+
+
+def test_the_types_of_containers_are_kept():
+    x = rows(6)
+    best = torch.stack([x, x + 1], 1).max(1)
+    sample = Sample(x, "a", {"y": x + 1})
+    labels = Labels([x, "b"])
+    labels.source = "here"
+    for (size, maxima, mine, theirs), count in micro_batches((x.size(), best, labels, sample), 3):
+        assert type(size) is torch.Size and size == x.size() and count == 2
+        assert type(maxima) is type(best) and len(maxima.values) == 2
+        assert type(mine) is Labels and mine.source == "here" and len(mine[0]) == 2 and mine[1] == "b"
+        assert type(theirs) is Sample and theirs.name == "a" and theirs.length == 0
+        assert torch.equal(theirs.inner["y"], theirs.x + 1) and len(theirs.x) == 2
+    assert len(sample.x) == 6 and len(labels[0]) == 6
+
+
+def test_sequences_whose_first_dimension_is_not_the_batch():
+    packed = torch.nn.utils.rnn.pack_sequence([rows(3), rows(2)])
+    nested = torch.nested.nested_tensor([rows(3), rows(2)], layout=torch.jagged)
+    for value, name in ((packed, "PackedSequence"), (nested, "NestedTensor")):
+        with pytest.raises(TypeError) as raised:
+            micro_batches((rows(2), {"x": value}), 2)
+        assert_one_sentence(raised.value, name, "argument 1['x']", "micro_batch()")
 
 
 @pytest.mark.parametrize("make", CONTAINERS.values(), ids=CONTAINERS)

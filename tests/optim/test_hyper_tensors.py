@@ -295,6 +295,31 @@ def test_numbers_and_what_is_known_of_them():
     assert is_known(0.1) and is_known(None) and is_known(torch.tensor(0.1)) and not is_known(there)
 
 
+@pytest.mark.filterwarnings("error")
+def test_tensors_that_require_gradients_are_read_without_a_word(request):
+    """Learned learning rates do; torch warns of float(tensor) then."""
+    w = parameter([1.0])
+    torch.set_warn_always(True)
+    request.addfinalizer(lambda: torch.set_warn_always(False))
+    leaf = {name: torch.tensor(value, requires_grad=True) for name, value in (("rho", 0.1), ("lr", 0.5), ("limit", 3.0))}
+    optimizer = SAM([w], SGD, lr=0.5, rho=leaf["rho"], max_grad_norm=leaf["limit"])
+    optimizer.param_groups[0]["lr"] = leaf["lr"]
+    optimizer.step(lambda: (w**2).sum().backward())
+    assert w.item() == pytest.approx(1 - 0.5 * 2.2)
+
+
+def test_hyper_parameters_of_several_elements_are_refused():
+    with pytest.raises(ValueError) as raised:
+        SAM([parameter([1.0])], SGD, lr=0.1, rho=torch.tensor([0.1, 0.2]))
+    assert_one_sentence(raised.value, "rho", "tensor([0.1")
+    optimizer = SAM([parameter([1.0])], RMSprop, lr=0.1, max_grad_norm=torch.tensor([1.0]))
+    w = optimizer.param_groups[0]["params"][0]
+    with torch.no_grad():
+        w.grad = torch.ones_like(w)
+    optimizer.enabled = False
+    optimizer.step()  # a limit of shape [1] does not broadcast into the gradients
+
+
 def test_betas_of_adam_may_be_on_a_device():
     base = Adam([parameter([1.0])])
     there = torch.empty((), device=META)

@@ -413,6 +413,21 @@ def test_a_model_converted_in_the_middle_of_a_step(backend, how, form):
     optimizer.step(closure, x)
 
 
+def test_parameters_that_come_and_go_in_the_middle_of_a_step(backend):
+    case = Case(backend)
+    before = snapshot(case.params)
+    case.micro_batch(0)
+    case.optimizer.base_optimizer.add_param_group({"params": [parameter([5.0])]})  # behind the wrapper's back
+    with pytest.raises(RuntimeError) as raised:
+        case.micro_batch(1)
+    assert_one_sentence(raised.value, "same parameters", "between steps")
+    assert_same_bits(case.params, before)
+    assert case.optimizer._control.state is State.CLEAN
+    for number in range(3):
+        case.micro_batch(number)
+    case.optimizer.step()
+
+
 def test_an_accumulation_that_fails_half_way(backend, monkeypatch):
     """The second kernel of a micro-batch's end throws: the step is given up and the weights are clean."""
     from sam_fused.ops.prepared import TensorSet

@@ -401,7 +401,6 @@ def test_interrupt_at_any_line_of_a_closure_step(backend, name):
 @pytest.mark.parametrize("base", ["SGD", "AdamW"])
 def test_a_step_of_clean_weights_is_not_taken_twice(backend, base):
     """After perturbed() there is no backup to go back to: an interrupted step() has happened, or may be called again."""
-    optimizer, params, evaluate = _two_params(backend, BASES[base])
 
     def begin():
         optimizer, params, evaluate = _two_params(backend, BASES[base])
