@@ -15,8 +15,8 @@ namespace sam_fused::cpu {
 struct PerturbConstants {
   double c;             // rho / (norm + perturb_eps) * inv_scale
   bool move;            // false: nothing moves, the backup is still written
-  bool backup_exists;   // read the clean weight from the backup, do not write it
-  bool stream;          // non-temporal stores for what is written and not read
+  bool backup_exists;   // the backup holds the weight already: do not write it
+  bool stream;          // non-temporal stores for the backup
 };
 
 // What a chunk of a micro-batch's restore does with the gradient.

@@ -294,24 +294,22 @@ void perturb_loop(const T* w, const T* g, T* out, int64_t n, T c, bool adaptive)
 template <class T>
 void perturb_chunk(const TensorRow& row, const Chunk& chunk, const PerturbConstants& k) {
   const bool adaptive = is_adaptive(row);
-  const Role clean = k.backup_exists ? kBackup : kWeight;
   const int64_t size = size_of(row.dtype(kWeight));
   for_each_block(chunk, [&](int64_t element, int64_t n) {
     alignas(64) T g_buffer[kBlock], w_buffer[kBlock], result[kBlock];
     if (!k.backup_exists) write_bytes(at(row, kBackup, element), at(row, kWeight, element), n * size, k.stream);
     const T* g = load(row, kGrad, element, n, g_buffer);
-    const T* w = load(row, clean, element, n, w_buffer);
-    // With the backup as the source the weight is written and not read, so it may be streamed.
-    const bool stream_weight = k.stream && k.backup_exists;
-    T* out = target(row, kWeight, element, result, stream_weight);
+    // The weight, and not a backup that holds the same: what is read where it will be written is in the cache already.
+    const T* w = load(row, kWeight, element, n, w_buffer);
+    T* out = target(row, kWeight, element, result, false);
     perturb_loop(w, g, out, n, static_cast<T>(k.c), adaptive);
-    store(row, kWeight, element, n, out, stream_weight);
+    store(row, kWeight, element, n, out, false);
   });
 }
 
 void perturb(const TensorRow& row, const Chunk& chunk, const PerturbConstants& k) {
   if (!k.move) {  // a copy, not a product with zero: fma(0, inf, w) is NaN
-    if (k.backup_exists) return restore(row, chunk, k.stream);
+    if (k.backup_exists) return;
     const int64_t size = size_of(row.dtype(kWeight));
     write_bytes(at(row, kBackup, chunk.begin), at(row, kWeight, chunk.begin), chunk.count * size, k.stream);
     return;
@@ -339,11 +337,10 @@ void accumulate_chunk(const TensorRow& row, const Chunk& chunk, const Accumulate
     restore(row, {chunk.tensor, element, n}, k.stream);
     const T* g = load(row, kGrad, element, n, g_buffer);
     const T* sum = k.fresh ? nullptr : load(row, kAccumulator, element, n, sum_buffer);
-    // Written without being read it may be streamed.
-    const bool stream = k.stream && k.fresh;
-    T* out = target(row, kAccumulator, element, sum_buffer, stream);
+    // Not streamed, not even where it is fresh and not read: a second stream beside the weights' measured slower.
+    T* out = target(row, kAccumulator, element, sum_buffer, false);
     accumulate_loop(sum, g, out, n, static_cast<T>(k.weight), k.fresh);
-    store(row, kAccumulator, element, n, out, stream);
+    store(row, kAccumulator, element, n, out, false);
   });
 }
 

@@ -152,8 +152,8 @@ def perturb_(
     backup_exists: bool = False,
     inv_scale: Tensor | None = None,
 ) -> None:
-    first, second = (params, backups) if backup_exists else (backups, params)
-    torch._foreach_copy_(list(first), list(second))
+    if not backup_exists:
+        torch._foreach_copy_(list(backups), list(params))
     table = hyper.tolist()
     on_cpu = params[0].device.type == "cpu"
     for (group, scaled), indices in _by_group(len(params), groups, scaling):

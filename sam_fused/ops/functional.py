@@ -106,8 +106,9 @@ def perturb_(
 ) -> None:
     """``backup = w; w = w + rho / (norm + perturb_eps) T^2 g`` [2010.01412, equation 2; T: 2102.11600, equation 6].
 
-    Reads w and g, writes w and backup: 4 accesses per element. With ``backup_exists`` it reads backup and g and writes w: 3.
-    Where the norm is zero or not finite nothing moves; the backup is written all the same.
+    Reads w and g, writes w and backup: 4 accesses per element. With ``backup_exists`` the backups hold the weights already, bit
+    for bit; they are not written, and either is read: 3. Where the norm is zero or not finite nothing moves; the backup is
+    written all the same.
 
     Args:
         hyper: columns ``rho``, ``perturb_eps``.

@@ -125,10 +125,11 @@ def make_lists(
         if role == "backups" and case.in_place:
             lists.backups = list(lists.params)
             continue
+        seeded = "params" if role == "backups" and case.backup_exists else role  # they hold the weights already
         if periodic:
-            templates = [_repeated(role, entry, dtypes[i % len(dtypes)]) for i, entry in enumerate(entries)]
+            templates = [_repeated(seeded, entry, dtypes[i % len(dtypes)]) for i, entry in enumerate(entries)]
         else:
-            templates = _templates(role, tuple(entries), tuple(dtypes), seed)
+            templates = _templates(seeded, tuple(entries), tuple(dtypes), seed)
         for entry, values in zip(entries, templates, strict=True):
             layout = entry.layout if role == "params" or entry.others is None else entry.others
             tensor, block = LAYOUTS[layout](values)

@@ -27,7 +27,7 @@ def _expected(case: Case, before: Lists, index: int, runner: str) -> dict[str, E
     same = {role: Expected(oracle.exact(before.of(role)[0]), 0.0) for role in takes(case)}
     w, g = before.backups[0], before.grads[0] if before.grads else None
     if case.op == "perturb_":
-        clean = w if case.backup_exists else before.params[0]
+        clean = before.params[0]
         moved = oracle.perturbed(clean, g, case, row, nth(case.scaling, index), rounding)
         return same | {"params": moved, "backups": Expected(oracle.exact(clean), 0.0)}
     if case.op == "restore_" or case.scalars.get("found_inf"):
