@@ -37,7 +37,7 @@ class FlatBuffers:
         for param in missing:
             if type(param) in PLAIN_TYPES:
                 places.setdefault((param.device, self._dtype_for(param.dtype)), []).append(param)
-            else:  # a subclass (DTensor) knows best how it is stored
+            else:  # a subclass knows best how it is stored
                 self._views[id(param)] = (param, torch.empty_like(param.detach(), dtype=self._dtype_for(param.dtype)))
         for (device, dtype), tensors in places.items():
             self._allocate(tensors, device, dtype)

@@ -99,10 +99,10 @@ class MicroBatchSAM(SAM):
     ) -> Any:
         """Takes a step.
 
-        With a closure: cuts the tensors of ``batch`` along their first dimension, in nested lists, tuples and dicts too, and
-        for each micro-batch clears the gradients, calls ``closure(*micro_batch)`` (forward, backward, return the mean loss),
-        perturbs, clears, calls it again, restores and adds up; the last micro-batch's restore is the base step. Gradients are
-        None afterwards. Without a closure: the base step, after ``micro_batch`` blocks whose weights sum to 1.
+        With a closure: cuts the tensors of ``batch`` along their first dimension, in nested containers too, and for each
+        micro-batch clears the gradients, calls ``closure(*micro_batch)`` (forward, backward, return the mean loss), perturbs,
+        clears, calls it again, restores and adds up; the last micro-batch's restore is the base step. Gradients are None
+        afterwards. Without a closure: the base step, after ``micro_batch`` blocks whose weights sum to 1.
 
         With one micro-batch it takes what ``SAM.step`` takes, too: a closure without a batch, and ``first_pass_done``.
 
@@ -112,7 +112,7 @@ class MicroBatchSAM(SAM):
         Raises:
             RuntimeError: not possible in the present state; a gradient is there that the first pass would drop; the closure
                 came through ``GradScaler.step``; the closure calls no ``backward``.
-            TypeError: the closure returns no scalar loss.
+            TypeError: the closure returns no scalar loss; the batch holds packed or nested sequences.
             ValueError: the batch cannot be cut. The weights are clean then, and nothing was changed.
         """
         with self._scale_of_this_step():

@@ -432,3 +432,18 @@ def test_an_interrupt_right_before_the_last_pass_leaves_no_trace(fast_backend, m
     assert w not in optimizer.state and state_of(optimizer) is State.PERTURBED
     optimizer.second_step()
     assert w.item() == pytest.approx(1 - 0.1 * 2 * 1.1) and float(optimizer.state[w]["momentum_buffer"]) == pytest.approx(2.2)
+
+
+def test_tensors_that_are_spread_over_processes_are_refused(tmp_path):
+    """The norm of what one process holds is not the norm."""
+    from torch import distributed
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        spread = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), init_device_mesh("cpu", (1,)), [Shard(0)]))
+        with pytest.raises(TypeError) as raised:
+            SAM([spread], SGD, lr=0.1)
+    finally:
+        distributed.destroy_process_group()
+    assert_one_sentence(raised.value, "DTensor", "parameter 0")
