@@ -142,4 +142,6 @@ def test_one_step_of_half_types_is_torch_within_units(base, storage, backend):
     size = before.float().abs().maximum(param.detach().float().abs())
     allowed = unit * (HALF_UNITS["weight"] * size + HALF_UNITS["update"] * lr * terms)
     assert bool(((w.float() - param.float()).abs() <= allowed).all())
-    assert float((param.detach() - before).abs().float().mean()) > float(allowed.mean())  # the step is larger than what is allowed
+    assert float((param.detach() - before).abs().float().mean()) > float(
+        allowed.mean()
+    )  # the step is larger than what is allowed

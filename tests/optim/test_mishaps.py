@@ -443,7 +443,7 @@ def test_tensors_that_are_spread_over_processes_are_refused(tmp_path):
     try:
         spread = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), init_device_mesh("cpu", (1,)), [Shard(0)]))
         with pytest.raises(TypeError) as raised:
-            SAM([spread], SGD, lr=0.1)
+            SAM([spread], torch.optim.SGD, lr=0.1)
     finally:
         distributed.destroy_process_group()
     assert_one_sentence(raised.value, "DTensor", "parameter 0")
