@@ -134,8 +134,8 @@ def check_params(params: Iterable[Tensor]) -> None:
     for index, param in enumerate(params):
         if type(param).__name__ == "DTensor":  # by name: the class would import all of torch.distributed
             raise TypeError(
-                f"parameter {index} of shape {tuple(param.shape)}: expected a tensor of this process alone, got a DTensor, whose "
-                "norm is spread over processes: train this model with its base optimizer, or under DDP."
+                f"parameter {index} of shape {tuple(param.shape)}: expected a tensor of this process alone, got a DTensor, "
+                "whose norm is spread over processes: train this model with its base optimizer, or under DDP."
             )
         if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.size(), strict=True)):
             raise ValueError(
