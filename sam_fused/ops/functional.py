@@ -8,6 +8,7 @@ dtypes (float32, float64, bfloat16, float16).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -330,13 +331,24 @@ def count_not_finite_(norm: Tensor, count: Tensor) -> None:
 
 def weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """``sum_i weights_i values_i`` of scalars whose weights sum to 1: 0-dim, on the first one's device and in its dtype, added
-    up in the dtype of the arithmetic. Of a single one it is that one."""
-    first = values[0].detach().reshape(())
+    up in the dtype of the arithmetic. Of a single one it is that one. Nothing waits for it."""
+    device, dtype = values[0].device, values[0].dtype
     if len(values) == 1:
-        return first
-    wide = arithmetic_dtype(first.dtype)
-    terms = [value.detach().reshape(()).to(first.device, wide) * weight for value, weight in zip(values, weights, strict=True)]
-    return torch.stack(terms).sum().to(first.dtype)
+        return values[0].detach().reshape(())
+    if all(value.is_cpu for value in values):
+        # In Python: a handful of calls of torch on scalars would cost as much as a small model's perturbation.
+        total = sum(value.item() * weight for value, weight in zip(values, weights, strict=True))
+        return torch.tensor(total, dtype=dtype, device="cpu")
+    here = [value.detach() if value.device == device else value.detach().to(device) for value in values]
+    scalars = torch.stack([value if value.dim() == 0 else value.reshape(()) for value in here])
+    wide = scalars.to(arithmetic_dtype(dtype))
+    # Equal weights at once: a tensor of weights would have to be brought to the device.
+    terms, begin = [], 0
+    for weight, run in groupby(weights):
+        end = begin + len(list(run))
+        terms.append(wide[begin:end].sum() * weight)
+        begin = end
+    return (terms[0] if len(terms) == 1 else torch.stack(terms).sum()).to(dtype)
 
 
 def unrounded_(rounded: Tensor, exact: Tensor) -> Tensor:
