@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam_fused.compiled import not_traced
 from sam_fused.ops.functional import weighted_mean
 
 from .state import Control
@@ -26,7 +25,6 @@ def evaluate(control: Control, closure: Callable[..., Any], *arguments: Any) -> 
         control.evaluating = False
 
 
-@not_traced
 def mean_loss(losses: list[Any], weights: list[float]) -> Any:
     """What micro-batches' losses say about the batch's: a tensor on their device, which nothing waits for, or a number."""
     if all(isinstance(loss, Tensor) for loss in losses):

@@ -162,10 +162,14 @@ class MicroBatchSAM(SAM):
             self._give_up()
             self._clear_gradients()  # half a batch's: nobody's to keep
             raise
-        weights = [size / samples for size in sizes]
+        return self._note_losses(clean_losses, perturbed_losses, [size / samples for size in sizes])
+
+    @not_traced
+    def _note_losses(self, clean_losses: list[Any], perturbed_losses: list[Any], weights: list[float]) -> Any:
+        """The batch's losses, into ``losses`` if it was perturbed; returns the clean one."""
         clean = mean_loss(clean_losses, weights)
-        self._control.clean_loss = clean if perturbed_losses else None
-        self._control.perturbed_loss = mean_loss(perturbed_losses, weights) if perturbed_losses else None
+        if perturbed_losses:
+            self._control.clean_loss, self._control.perturbed_loss = clean, mean_loss(perturbed_losses, weights)
         return clean
 
     def _pass(self, closure: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
