@@ -75,8 +75,8 @@ def _end_to_end(report: dict[str, Any]) -> list[str]:
 def _growth(report: dict[str, Any]) -> str:
     lines = [line for line in report["growth"] if line["variant"] == report["run"]["headline"]]
     counts = lines[0]["micro_batches"]
-    found = ", ".join(f"{SETS[line['set']].title} {line['r_squared']:.4f}" for line in lines)
-    return f"Our step's time from K = {counts[0]} to {counts[-1]} is a line with R² {found}."
+    found = ", ".join(f"{line['r_squared']:.4f} ({SETS[line['set']].title})" for line in lines)
+    return f"Our step's time against K, from {counts[0]} to {counts[-1]}, on a straight line: R² = {found}."
 
 
 def _memory(report: dict[str, Any]) -> str:

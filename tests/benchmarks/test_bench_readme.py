@@ -71,7 +71,7 @@ def test_the_section_holds_every_count_with_goals_where_a_ratio_falls_short() ->
     assert "| 120 tiny tensors, 0.172 M parameters | 4 | 2 | 8.00x (goal 8x) | - | 3.00x |" in text
     assert "| 120 tiny tensors, 0.172 M parameters | 32 | 2 | 8.00x (goal 8x) | - | - |" in text
     assert "| Net, 4 micro-batches, 2 threads | 10 | 1280 images/s (+25 %) |" in text and "1569 images/s (+2 %) |" in text
-    assert "from K = 1 to 32 is a line with R² 120 tiny tensors 0.9999." in text
+    assert "from 1 to 32, on a straight line: R² = 0.9999 (120 tiny tensors)." in text
     # Of the set whose tables of addresses weigh nothing.
     assert "ResNet-50, K = 4, 32: 8.00 bytes per fp32 parameter, 6.00 per bf16 parameter" in text
 
