@@ -12,7 +12,7 @@ pytestmark = pytest.mark.cpu_only
 
 
 def test_one_perturbation_per_sample_goes_to_the_smallest_trace():
-    """L = F1 x3^2 / 2 + F2 x4^2 / 2 [2211.05729]: on the valley floor x3 = x4 = 0 the trace is F1 + F2, smallest at (0.8, 1/7)."""
+    """L = F1 x3^2 / 2 + F2 x4^2 / 2 [2211.05729]: on its floor x3 = x4 = 0 the trace is F1 + F2, smallest at (0.8, 1/7)."""
     w = parameter([0.5, 0.5, 0.3, 0.3])
     optimizer = MicroBatchSAM([w], SGD, num_micro_batches=2, lr=0.01, rho=0.5)
     samples = torch.arange(2)
