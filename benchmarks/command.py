@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
@@ -48,6 +50,20 @@ def add_common(made: argparse.ArgumentParser, rounds: str, seconds: str) -> None
     made.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the files go")
     made.add_argument("--no-plot", action="store_true", help="write no picture")
     made.add_argument("--seed", type=int, default=0, help="of the random weights and gradients (default: %(default)s)")
+
+
+def begin(
+    made: argparse.ArgumentParser, check: Callable[[argparse.Namespace], None], arguments: Sequence[str] | None
+) -> tuple[list[str], argparse.Namespace, Console]:
+    """The command line, what it says, and where to print; ends the program with status 2 on a wrong argument."""
+    command = list(sys.argv[1:] if arguments is None else arguments)
+    options = made.parse_args(command)
+    try:
+        check(options)
+    except ValueError as error:
+        made.error(str(error))
+    torch.set_num_threads(options.threads)
+    return command, options, wide_console()
 
 
 def check_positive(options: argparse.Namespace, names: Iterable[str]) -> None:

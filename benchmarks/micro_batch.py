@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from benchmarks.cases import DEFAULT_SETS, SETS
-from benchmarks.command import add_common, check_positive, shown_progress, wide_console
+from benchmarks.command import add_common, begin, check_positive, shown_progress
 from benchmarks.endtoend import EndToEndRow, measure_net
 from benchmarks.machine import describe_machine
 from benchmarks.micro_batch_endtoend import MICRO_BATCHES, contest
@@ -211,15 +210,7 @@ def print_all(console: Console, found: Measured, judged: list[Target], run: dict
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; 0 whether or not the required ratios were reached, 2 on a wrong argument."""
     started = time.perf_counter()
-    command = list(sys.argv[1:] if arguments is None else arguments)
-    made = parser()
-    options = made.parse_args(command)
-    try:
-        check_arguments(options)
-    except ValueError as error:
-        made.error(str(error))
-    torch.set_num_threads(options.threads)
-    console = wide_console()
+    command, options, console = begin(parser(), check_arguments, arguments)
     found = measure(options, console)
     judged = targets(found.rows, REQUIRED)
     run = describe_run(options, command, found.rows, started)

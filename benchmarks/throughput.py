@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from benchmarks.baselines import BASES
 from benchmarks.cases import DEFAULT_SETS, FULL_SETS, SETS
-from benchmarks.command import add_common, check_positive, shown_progress, wide_console
+from benchmarks.command import add_common, begin, check_positive, shown_progress
 from benchmarks.endtoend import EndToEndRow, measure_net
 from benchmarks.machine import describe_machine
 from benchmarks.nets import DEFAULT_NETS, FULL_NETS, NETS
@@ -151,15 +150,7 @@ def describe_run(options: argparse.Namespace, command: Sequence[str], rows: list
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; 0 whether or not the required ratios were reached, 2 on a wrong argument."""
     started = time.perf_counter()
-    command = list(sys.argv[1:] if arguments is None else arguments)
-    made = parser()
-    options = made.parse_args(command)
-    try:
-        check_arguments(options)
-    except ValueError as error:
-        made.error(str(error))
-    torch.set_num_threads(options.threads)
-    console = wide_console()
+    command, options, console = begin(parser(), check_arguments, arguments)
     measured = measure(options, console)
     rows: list[Row] = measured["rows"]
     judged: list[Target] = measured["targets"]

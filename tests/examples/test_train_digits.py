@@ -1,10 +1,6 @@
 """The example runs as a user runs it, and its probes leave the nets they look at alone."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,9 +9,7 @@ pytest.importorskip("rich")
 image = pytest.importorskip("matplotlib.image")
 torch = pytest.importorskip("torch")
 
-import sam_fused  # noqa: E402
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from tests.examples.running import EXAMPLES, run_example  # noqa: E402
 
 
 @pytest.fixture
@@ -41,21 +35,7 @@ def assert_untouched(model, before):
 
 def test_smoke_run_prints_the_table_and_writes_the_picture(tmp_path):
     picture = tmp_path / "new_folder" / "digits.png"
-    # The script sees the package that these tests see, installed or not.
-    paths = [str(Path(sam_fused.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "PYTHONIOENCODING": "utf-8",
-        "COLUMNS": "100",
-    }
-    run = subprocess.run(
-        [sys.executable, str(EXAMPLES / "train_digits.py"), "--smoke", "--output", str(picture)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=150,
-    )
+    run = run_example("train_digits.py", "--smoke", "--output", str(picture), cwd=tmp_path)
     assert run.returncode == 0, run.stderr
 
     number = r"(-?\d+\.\d+) ± (\d+\.\d+)"

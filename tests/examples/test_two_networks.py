@@ -1,19 +1,14 @@
 """The example runs as a user runs it, in both of its forms, and what it prints about the samples is so."""
 
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("rich")
 torch = pytest.importorskip("torch")
 
-import sam_fused  # noqa: E402
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from tests.examples.running import EXAMPLES, run_example  # noqa: E402
 
 
 @pytest.fixture
@@ -38,21 +33,7 @@ def weights_of(*nets):
 
 
 def test_small_run_prints_the_table_and_a_verdict(tmp_path):
-    # The script sees the package that these tests see, installed or not.
-    paths = [str(Path(sam_fused.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "PYTHONIOENCODING": "utf-8",
-        "COLUMNS": "100",
-    }
-    run = subprocess.run(
-        [sys.executable, str(EXAMPLES / "two_networks.py"), "--seeds", "2", "--steps", "100"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=150,
-    )
+    run = run_example("two_networks.py", "--seeds", "2", "--steps", "100", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
 
     number = r"(-?\d+\.\d+) ± (\d+\.\d+)"

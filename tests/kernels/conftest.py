@@ -32,3 +32,21 @@ def nvcc():
     if not os.path.exists(found):
         pytest.skip("needs nvcc on PATH or in CUDA_HOME, found none")
     return found
+
+
+@pytest.fixture(scope="module")
+def library():
+    """The CUDA library's sources, built for the CPU."""
+    from tests.kernels import emulated_backend
+
+    return emulated_backend.install(emulated_backend.built_once())
+
+
+@pytest.fixture
+def emulated(library):
+    """That library with its blocks as large, and in the order, that they have by default."""
+    from tests.kernels import emulated_backend
+
+    library.set_threads_per_block(emulated_backend.THREADS)
+    library.set_orders()
+    return library

@@ -46,18 +46,6 @@ BY_STORAGE = pytest.mark.parametrize("storage", STORAGES, ids=lambda s: s.name)
 WEIGHT = torch.tensor(0.3)
 
 
-@pytest.fixture(scope="module")
-def library():
-    return emulated_backend.install(emulated_backend.built_once())
-
-
-@pytest.fixture
-def emulated(library):
-    library.set_threads_per_block(emulated_backend.THREADS)
-    library.set_orders()
-    return library
-
-
 def like(tensors, value):
     return [torch.full_like(t, value, dtype=arithmetic_dtype(t.dtype)) for t in tensors]
 

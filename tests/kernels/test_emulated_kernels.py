@@ -30,18 +30,6 @@ SGD, ADAM = [[0.1, 0.9, 0.3, 0.01, 0, 0]], [[0.01, 0.9, 0.999, 1e-8, 0.1, 1, 1, 
 PERTURB = table([[0.05, 1e-12]])
 
 
-@pytest.fixture(scope="module")
-def library():
-    return emulated_backend.install(emulated_backend.built_once())
-
-
-@pytest.fixture
-def emulated(library):
-    library.set_threads_per_block(emulated_backend.THREADS)
-    library.set_orders()
-    return library
-
-
 def bits(tensor):
     """With every NaN the same: which payload an operation on two of them keeps is the machine's choice."""
     tensor = torch.where(tensor.isnan(), torch.full_like(tensor, math.nan), tensor).contiguous()
