@@ -5,6 +5,7 @@ from .functions import Perturbation, perturb, restore
 from .graphs import GraphedStep, graphed_step
 from .ops.metrics import PerturbationMetrics
 from .optim import SAM, Losses, MicroBatchSAM, perturbed
+from .optim.micro_batch import micro_batch
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "__version__",
     "freeze_batch_norm_stats",
     "graphed_step",
+    "micro_batch",
     "perturb",
     "perturbed",
     "restore",

@@ -352,15 +352,15 @@ def weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def unrounded_(rounded: Tensor, exact: Tensor) -> Tensor:
-    """``exact``, overwritten by ``rounded`` wherever that is something else than its rounding; NaN is NaN's.
+    """``exact``, overwritten by ``rounded``, a half type, wherever that is something else than its rounding.
 
-    Compared by value: neither a scaler's kernels, nor collectives, nor writing through ``.data`` leave a trace in version
+    Compared bit by bit: neither a scaler's kernels, nor collectives, nor writing through ``.data`` leave a trace in version
     counters.
     """
-    fresh = exact.to(rounded.dtype)
-    same = (rounded == fresh).logical_or_(rounded.isnan().logical_and_(fresh.isnan()))
-    del fresh
-    return torch.where(same, exact, rounded.to(exact.dtype), out=exact)
+    here, fresh = rounded.view(torch.int16), exact.to(rounded.dtype).view(torch.int16)
+    if exact.is_cpu and torch.equal(here, fresh):  # nothing was written, as nearly always; asking a device would wait for it
+        return exact
+    return torch.where(here == fresh, exact, rounded.to(exact.dtype), out=exact)
 
 
 def combined_norm(norms: Sequence[Tensor]) -> Tensor:

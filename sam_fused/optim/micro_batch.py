@@ -20,7 +20,7 @@ from . import batches, groups
 from .accumulation import TOLERANCE, Accumulation
 from .closures import detached, evaluate, mean_loss
 from .descent import Final
-from .sam import SAM, grad_of
+from .sam import SAM, grad_of, unwrapped
 from .state import Control, Move, State
 
 
@@ -336,3 +336,12 @@ class MicroBatchSAM(SAM):
 def _check_count(value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"num_micro_batches: expected a whole number above 0, got {value!r}: 1 is SAM, 8 cuts a batch into 8.")
+
+
+def micro_batch(optimizer: Any, weight: float | None = None) -> Any:
+    """``optimizer.micro_batch(weight)`` for a MicroBatchSAM that a framework has wrapped (Lightning, Accelerate).
+
+    Raises:
+        TypeError: there is no MicroBatchSAM inside.
+    """
+    return unwrapped(optimizer, "micro_batch", MicroBatchSAM).micro_batch(weight)

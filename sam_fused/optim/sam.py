@@ -497,18 +497,27 @@ class SAM(Wrapper):
         )
 
 
+def unwrapped(optimizer: Any, move: str, wanted: type[SAM] = SAM) -> Any:
+    """The optimizer of ours inside a framework's wrappers.
+
+    Raises:
+        TypeError: there is none.
+    """
+    inner = optimizer
+    while not isinstance(inner, wanted) or "base_optimizer" not in inner.__dict__:
+        inner = getattr(inner, "optimizer", None)
+        if inner is None:
+            raise TypeError(
+                f"{move}: expected a sam_fused.{wanted.__name__} optimizer or a wrapper around one, got "
+                f"{type(optimizer).__name__}: construct {wanted.__name__}(...) and pass that."
+            )
+    return inner
+
+
 def perturbed(optimizer: Any) -> Any:
     """``optimizer.perturbed()`` for a SAM optimizer that a framework has wrapped (Lightning, Accelerate).
 
     Raises:
         TypeError: there is no SAM inside.
     """
-    inner = optimizer
-    while not isinstance(inner, SAM) or "base_optimizer" not in inner.__dict__:
-        inner = getattr(inner, "optimizer", None)
-        if inner is None:
-            raise TypeError(
-                f"perturbed: expected a sam_fused.SAM optimizer or a wrapper around one, got {type(optimizer).__name__}: "
-                "construct SAM(...) and pass that."
-            )
-    return inner.perturbed()
+    return unwrapped(optimizer, "perturbed").perturbed()

@@ -559,11 +559,34 @@ def test_perturbed_as_a_function_unwraps(backend, depth):
     assert w.tolist() == pytest.approx([3 - 0.05 * 3.3, 4 - 0.05 * 4.4], abs=1e-11)
 
 
+@pytest.mark.parametrize("depth", [0, 2])
+def test_micro_batch_as_a_function_unwraps(backend, depth):
+    w = parameter([3.0, 4.0])
+    wrapped = optimizer = sam_fused.MicroBatchSAM([w], SGD, num_micro_batches=2, lr=0.05, rho=0.5, backend=backend)
+    for _ in range(depth):
+        wrapped = Wrapper(wrapped)
+    evaluate = backward_of(lambda: 0.5 * (w**2).sum())
+    for weight in (None, 0.5):
+        evaluate()
+        with sam_fused.micro_batch(wrapped, weight):
+            assert w.tolist() == pytest.approx([3.3, 4.4], abs=1e-11)
+            evaluate()
+    optimizer.step()
+    assert w.tolist() == pytest.approx([3 - 0.05 * 3.3, 4 - 0.05 * 4.4], abs=1e-11)
+
+
 @pytest.mark.parametrize("wrong", [SGD([parameter([1.0])], lr=0.1), Wrapper(None), object()], ids=["SGD", "empty", "object"])
-def test_perturbed_as_a_function_refuses_what_is_no_sam(wrong):
+@pytest.mark.parametrize("move", [sam_fused.perturbed, sam_fused.micro_batch])
+def test_moves_as_functions_refuse_what_is_no_sam(wrong, move):
     with pytest.raises(TypeError) as raised:
-        sam_fused.perturbed(wrong)
-    assert_one_sentence(raised.value, type(wrong).__name__)
+        move(wrong)
+    assert_one_sentence(raised.value, move.__name__, type(wrong).__name__)
+
+
+def test_a_plain_sam_has_no_micro_batches():
+    with pytest.raises(TypeError) as raised:
+        sam_fused.micro_batch(Wrapper(make([parameter([1.0])], BASES["SGD"], None)))
+    assert_one_sentence(raised.value, "MicroBatchSAM")
 
 
 @pytest.mark.parametrize("base_class", [SGD, RMSprop], ids=lambda c: c.__name__)
