@@ -1,11 +1,11 @@
 """Sharpness-Aware Minimization for PyTorch that costs the gradients and little else."""
 
 from .batch_norm import freeze_batch_norm_stats
+from .frameworks import micro_batch, perturbed
 from .functions import Perturbation, perturb, restore
 from .graphs import GraphedStep, graphed_step
 from .ops.metrics import PerturbationMetrics
-from .optim import SAM, Losses, MicroBatchSAM, perturbed
-from .optim.micro_batch import micro_batch
+from .optim import SAM, Losses, MicroBatchSAM
 
 __version__ = "0.1.0"
 

@@ -1,6 +1,7 @@
 """The optimizers."""
 
+from .closures import Losses
 from .micro_batch import MicroBatchSAM
-from .sam import SAM, Losses, perturbed
+from .sam import SAM
 
-__all__ = ["SAM", "Losses", "MicroBatchSAM", "perturbed"]
+__all__ = ["SAM", "Losses", "MicroBatchSAM"]

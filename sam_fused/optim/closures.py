@@ -1,9 +1,9 @@
-"""Closures: forward, backward, return the loss."""
+"""Closures: forward, backward, return the loss; and what becomes of the losses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,28 @@ from torch import Tensor
 from sam_fused.ops.functional import weighted_mean
 
 from .state import Control
+
+
+class Losses(NamedTuple):
+    """The two losses of the last ``step(closure)``: at the clean and at the perturbed weights, detached, on their device.
+
+    Their difference is a free reading of the sharpness in the ascent direction, L(w + e) - L(w) [2211.05729].
+    """
+
+    clean: Any
+    perturbed: Any
+
+    @property
+    def rise(self) -> Any:
+        """``perturbed - clean``; None after ``first_pass_done=True``, which leaves the clean loss with the caller. Raises
+        TypeError if the closure returned something else than a loss."""
+        if self.clean is None:
+            return None
+        if not all(isinstance(loss, (Tensor, float, int)) for loss in self):
+            raise TypeError(
+                f"rise: expected a closure that returns the loss, got {type(self.clean).__name__}: return the loss alone."
+            )
+        return self.perturbed - self.clean
 
 
 def evaluate(control: Control, closure: Callable[..., Any], *arguments: Any) -> Any:

@@ -20,7 +20,7 @@ from . import batches, groups
 from .accumulation import TOLERANCE, Accumulation
 from .closures import detached, evaluate, mean_loss
 from .descent import Final
-from .sam import SAM, grad_of, unwrapped
+from .sam import SAM, grad_of
 from .state import Control, Move, State
 
 
@@ -211,8 +211,7 @@ class MicroBatchSAM(SAM):
         self._check_weight(weight)
         try:
             with self._perturbed_until_error(same_step=self._accumulation.count > 0):
-                self._control.groups_read = False
-                self._control.note_first([])
+                self._control.gradients.begin_second_pass([])
                 yield
                 if not self._has_gradients():
                     raise RuntimeError(
@@ -220,7 +219,7 @@ class MicroBatchSAM(SAM):
                         "forward and backward() of the micro-batch in it."
                     )
                 self._add(float(weight))
-            self._control.groups_read = False  # the sum is still to come
+            self._control.gradients.were_read = False  # the sum is still to come
             self._clear_gradients()
             if self._accumulation.is_complete:
                 self._accumulation.expose(self._params())
@@ -336,12 +335,3 @@ class MicroBatchSAM(SAM):
 def _check_count(value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"num_micro_batches: expected a whole number above 0, got {value!r}: 1 is SAM, 8 cuts a batch into 8.")
-
-
-def micro_batch(optimizer: Any, weight: float | None = None) -> Any:
-    """``optimizer.micro_batch(weight)`` for a MicroBatchSAM that a framework has wrapped (Lightning, Accelerate).
-
-    Raises:
-        TypeError: there is no MicroBatchSAM inside.
-    """
-    return unwrapped(optimizer, "micro_batch", MicroBatchSAM).micro_batch(weight)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, repeat
 from operator import attrgetter, is_not
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,13 @@ from torch.optim import Optimizer
 from sam_fused.batch_norm import RunningStatistics
 from sam_fused.compiled import not_traced
 from sam_fused.ops import backends
-from sam_fused.ops.functional import not_all_zero
 from sam_fused.ops.hyper import is_known, number
 from sam_fused.ops.metrics import PerturbationMetrics
 from sam_fused.randomness import Randomness
 
 from . import groups
 from .arguments import NOT_GIVEN, check_limit, check_params, keys_of, own_settings, own_values, refuse_hidden
-from .closures import detached, evaluate
+from .closures import Losses, detached, evaluate
 from .descent import Final, is_capturable
 from .state import Control, Move, State
 from .wrapper import Wrapper
@@ -33,28 +32,6 @@ grad_of = attrgetter("grad")
 
 def _has_no_lr(group: dict[str, Any]) -> bool:
     return is_known(group["lr"]) and float(number(group["lr"])) == 0
-
-
-class Losses(NamedTuple):
-    """The two losses of the last ``step(closure)``: at the clean and at the perturbed weights, detached, on their device.
-
-    Their difference is a free reading of the sharpness in the ascent direction, L(w + e) - L(w) [2211.05729].
-    """
-
-    clean: Any
-    perturbed: Any
-
-    @property
-    def rise(self) -> Any:
-        """``perturbed - clean``; None after ``first_pass_done=True``, which leaves the clean loss with the caller. Raises
-        TypeError if the closure returned something else than a loss."""
-        if self.clean is None:
-            return None
-        if not all(isinstance(loss, (Tensor, float, int)) for loss in self):
-            raise TypeError(
-                f"rise: expected a closure that returns the loss, got {type(self.clean).__name__}: return the loss alone."
-            )
-        return self.perturbed - self.clean
 
 
 class SAM(Wrapper):
@@ -285,8 +262,7 @@ class SAM(Wrapper):
         """
         self._control.require(Move.PERTURBED)
         with self._perturbed_until_error():
-            self._control.groups_read = False
-            self._control.note_first([])
+            self._control.gradients.begin_second_pass([])
             yield
             self._ascent.restore()
             self._settle(State.READY)
@@ -301,8 +277,7 @@ class SAM(Wrapper):
         try:
             self._ascend()
             self._control.state = State.PERTURBED
-            self._control.groups_read = False
-            self._control.note_first([] if zero_grad else list(map(grad_of, self._params())))
+            self._control.gradients.begin_second_pass([] if zero_grad else list(map(grad_of, self._params())))
         except BaseException:  # an interrupt between the two lines, too
             self._give_up()
             raise
@@ -447,7 +422,7 @@ class SAM(Wrapper):
 
     @not_traced
     def _remember_gradients(self) -> None:
-        self._control.remember(list(map(grad_of, self._params())))
+        self._control.gradients.remember(list(map(grad_of, self._params())))
 
     def _refresh_hyper(self) -> None:
         """What has changed in the groups since, into the tables that a captured step reads."""
@@ -471,7 +446,7 @@ class SAM(Wrapper):
         Before the second backward it unscaled the first pass's gradients, and the second's would be applied with their scale
         on. (Tensors' version counters do not tell: the scaler's kernel leaves them alone.)
         """
-        if self._control.state is not State.CLEAN and not self._control.groups_read:
+        if self._control.state is not State.CLEAN and not self._control.gradients.were_read:
             raise RuntimeError(
                 "step(): expected the second pass's gradients to be unscaled, got scaler.unscale_(optimizer) before the second "
                 "backward: call unscale_ (and clip) after it, right before scaler.step(optimizer), or not at all."
@@ -479,45 +454,10 @@ class SAM(Wrapper):
 
     @not_traced
     def _refuse_fresh_gradients(self) -> None:
-        grads = list(map(grad_of, self._params()))
-        if not any(map(is_not, grads, [None] * len(grads))):
+        fresh = self._control.gradients.fresh(list(map(grad_of, self._params())))
+        if not fresh:
             return
-        left, versions = self._control.left, self._control.left_versions
-        known = [None if reference is None else reference() for reference in left] + [None] * len(grads)
-        fresh = [grad for grad, seen in zip(grads, known, strict=False) if grad is not None and seen is not grad]
-        if not fresh and len(left) == len(grads):
-            # The same tensors, but a backward adds into them. What zero_grad(set_to_none=False) has written holds nothing.
-            written = [g for g, version in zip(grads, versions, strict=True) if g is not None and g._version != version]
-            fresh = not_all_zero(written)
-            if not fresh:
-                return
         raise RuntimeError(
             "step(closure): expected no gradients but those of the previous step, because the first pass clears them, got "
-            f"{len(fresh) or 'other'} fresh ones: call zero_grad() to drop them, or {self._KEEPING_GRADIENTS}."
+            f"{len(fresh)} fresh ones: call zero_grad() to drop them, or {self._KEEPING_GRADIENTS}."
         )
-
-
-def unwrapped(optimizer: Any, move: str, wanted: type[SAM] = SAM) -> Any:
-    """The optimizer of ours inside a framework's wrappers.
-
-    Raises:
-        TypeError: there is none.
-    """
-    inner = optimizer
-    while not isinstance(inner, wanted) or "base_optimizer" not in inner.__dict__:
-        inner = getattr(inner, "optimizer", None)
-        if inner is None:
-            raise TypeError(
-                f"{move}: expected a sam_fused.{wanted.__name__} optimizer or a wrapper around one, got "
-                f"{type(optimizer).__name__}: construct {wanted.__name__}(...) and pass that."
-            )
-    return inner
-
-
-def perturbed(optimizer: Any) -> Any:
-    """``optimizer.perturbed()`` for a SAM optimizer that a framework has wrapped (Lightning, Accelerate).
-
-    Raises:
-        TypeError: there is no SAM inside.
-    """
-    return unwrapped(optimizer, "perturbed").perturbed()

@@ -6,15 +6,13 @@ ever, saving a checkpoint in between would save perturbed weights: illegal moves
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, field
 from enum import Enum
-from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
 
-_version_of = attrgetter("_version")
+from .watch import GradientWatch
 
 
 class State(Enum):
@@ -126,14 +124,7 @@ class Control:
     perturbation: Any = None
     grad_norm: Tensor | None = None  # of the last step's gradient, before it was clipped
     overflows: Tensor | None = None  # first passes whose norm was not finite, counted where the norm is
-    # The gradients that the last step left on the parameters. Weak: they must not keep a gradient alive.
-    left: list[weakref.ref[Tensor] | None] = field(default_factory=list)
-    left_versions: list[int] = field(default_factory=list)
-    # Whether anybody has asked SAM for its parameter groups when the second pass's gradients were there, as GradScaler.unscale_
-    # does; and the first pass's, which first_step() leaves.
-    groups_read: bool = False
-    first: list[weakref.ref[Tensor]] = field(default_factory=list)
-    first_versions: list[int] = field(default_factory=list)
+    gradients: GradientWatch = field(default_factory=GradientWatch)
     # What surrounds the second pass: the model's running statistics, the first pass's random numbers.
     statistics: Any = None
     randomness: Any = None
@@ -150,30 +141,6 @@ class Control:
     def set_readings(self, values: dict[str, Any]) -> None:
         for name, value in values.items():
             setattr(self, name, value)
-
-    def note_reader(self, param_groups: list[dict[str, Any]]) -> None:
-        """Somebody asks for the groups. That counts once there is a gradient which the first pass has not left: what is
-        unscaled before the second backward is not what the step is taken with."""
-        if self.groups_read or self.state is State.CLEAN:
-            return
-        known = {id(grad): v for seen, v in zip(self.first, self.first_versions, strict=True) if (grad := seen()) is not None}
-        present = [param.grad for group in param_groups for param in group["params"] if param.grad is not None]
-        self.groups_read = any(known.get(id(grad)) != grad._version for grad in present)
-
-    def note_first(self, grads: list[Tensor | None]) -> None:
-        """The gradients that the first pass leaves on the parameters while the weights are perturbed."""
-        present = [grad for grad in grads if grad is not None]
-        self.first = list(map(weakref.ref, present))
-        self.first_versions = list(map(_version_of, present))
-
-    def remember(self, grads: list[Tensor | None]) -> None:
-        """These gradients may be cleared by the next step: nothing is lost with them."""
-        try:
-            self.left = list(map(weakref.ref, grads))  # type: ignore[arg-type]
-            self.left_versions = list(map(_version_of, grads))
-        except TypeError:  # None has no weak reference
-            self.left = [None if grad is None else weakref.ref(grad) for grad in grads]
-            self.left_versions = [0 if grad is None else grad._version for grad in grads]
 
     def require(self, move: Move) -> None:
         """Raises RuntimeError, in one sentence, if ``move`` is not allowed now."""

@@ -10,7 +10,7 @@ from . import checkpoints, groups
 from .arguments import check_params
 from .ascent import Ascent
 from .descent import Descent
-from .state import Control, Move
+from .state import Control, Move, State
 
 
 class Wrapper(Optimizer):
@@ -37,7 +37,8 @@ class Wrapper(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        self._control.note_reader(self.base_optimizer.param_groups)
+        if self._control.state is not State.CLEAN:
+            self._control.gradients.note_reader(self.base_optimizer.param_groups)
         return self.base_optimizer.param_groups
 
     @param_groups.setter
@@ -54,9 +55,9 @@ class Wrapper(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears all gradients, in every state."""
-        read = self._control.groups_read
+        were_read = self._control.gradients.were_read
         super().zero_grad(set_to_none)
-        self._control.groups_read = read
+        self._control.gradients.were_read = were_read
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to both optimizers; SAM's missing keys take their constructor values.
