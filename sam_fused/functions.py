@@ -16,6 +16,9 @@ from types import TracebackType
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from .compiled import not_traced
 from .ops import backends, checks
@@ -29,8 +32,9 @@ class Perturbation:
     """Tensors at ``w + e``, from ``perturb`` to ``restore``: as a context manager, which restores on the way out, or by hand.
 
     What is written into the tensors in between is lost: take optimizer steps after restoring. When the last reference to it
-    goes while the tensors are perturbed, a RuntimeWarning says so, and they are restored; unless somebody has written into them
-    since, whose work this would undo at a moment that nobody chose: then they stay as they are.
+    goes while the tensors are perturbed, a RuntimeWarning says so, and they are restored; unless an optimizer or anybody else
+    has written into them since (through ``.data`` nobody hears of it), whose work this would undo at a moment that nobody
+    chose: then they stay as they are.
 
     Attributes:
         norm: what e was divided by, a 0-dim tensor.
@@ -168,6 +172,7 @@ class _Moved:
         devices = {tensor.device for tensor in self._tensors if tensor.is_cuda}
         self._streams = [torch.cuda.current_stream(device) for device in devices]
         self._versions: dict[int, int] = {}
+        self._was_stepped = False
         self._above: list[_Moved] = []
         self._unwritten_below: list[_Moved] = []
         self._handle_is_lost = False
@@ -178,13 +183,18 @@ class _Moved:
                 if not other._was_written():
                     self._unwritten_below.append(other)
         _perturbed[self._serial] = self
+        _watch_optimizers()
 
     def note_versions(self) -> None:
         """The tensors are what this perturbation, or the end of one above it, has made of them."""
         self._versions.update((id(tensor), _version_of(tensor)) for tensor in self._tensors)
 
+    def note_step(self, stepped: set[int]) -> None:
+        """An optimizer has stepped these parameters, by ``id``."""
+        self._was_stepped |= any(id(tensor) in stepped for tensor in self._tensors)
+
     def _was_written(self) -> bool:
-        return any(self._versions.get(id(tensor)) != _version_of(tensor) for tensor in self._tensors)
+        return self._was_stepped or any(self._versions.get(id(tensor)) != _version_of(tensor) for tensor in self._tensors)
 
     @not_traced
     def put_back_in_order(self) -> None:
@@ -204,22 +214,28 @@ class _Moved:
 
     def let_go(self) -> None:
         """The handle is gone: restores now or, if later perturbations hold, after the last of them."""
-        anything_moved = bool(self._sets)
         self._handle_is_lost = True
-        outcome = "they are restored"
-        if not self._above:
-            if self._was_written():
-                self._forget()
-                outcome = "they have been written since, and stay as they are, perturbed"
-            else:
-                self._put_back()
-        if anything_moved:
-            warnings.warn(
-                "perturb(): expected its result to be kept until restore(), or to be entered by with, got it dropped while the "
-                f"tensors were perturbed: {outcome}.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        if not self._sets:
+            self._forget()  # nothing had moved
+        elif self._above:
+            self._warn("they are restored when the later perturbations of them are", stacklevel=4)
+        elif self._was_written():
+            self._leave(stacklevel=5)
+        else:
+            self._put_back()
+            self._warn("they are restored", stacklevel=4)
+
+    def _leave(self, stacklevel: int) -> None:
+        self._forget()
+        self._warn("they have been written since, and stay as they are, perturbed", stacklevel)
+
+    def _warn(self, outcome: str, stacklevel: int) -> None:
+        warnings.warn(
+            "perturb(): expected its result to be kept until restore(), or to be entered by with, got it dropped while the "
+            f"tensors were perturbed: {outcome}.",
+            RuntimeWarning,
+            stacklevel=stacklevel,
+        )
 
     def _put_back(self) -> None:
         if not self.is_perturbed:
@@ -236,9 +252,9 @@ class _Moved:
                     members.restore_converted_()
         for made, now in others:
             made.wait_stream(now)  # the backups' memory is given out again in the order of the stream they were made on
-        mine = set(map(id, self._tensors))
+        mine = set(map(_storage_of, self._tensors))  # views share a storage, and its version counter
         for below in self._unwritten_below:  # has its tensors back as they were
-            below._versions.update((id(t), _version_of(t)) for t in below._tensors if id(t) in mine)
+            below._versions.update((id(t), _version_of(t)) for t in below._tensors if _storage_of(t) in mine)
         self._forget()
 
     def _forget(self) -> None:
@@ -249,11 +265,34 @@ class _Moved:
         for below in list(_perturbed.values()):
             if self in below._above:
                 below._above.remove(self)
-                if below._handle_is_lost and not below._above:
-                    if below._was_written():
-                        below._forget()
-                    else:
-                        below._put_back()
+                if not below._handle_is_lost or below._above:
+                    continue
+                if below._was_written():
+                    below._leave(stacklevel=4)
+                else:
+                    below._put_back()
+        _watch_optimizers()
+
+
+# While anything is perturbed: torch's fused optimizers leave no trace in version counters.
+_watching: list[RemovableHandle] = []
+
+
+def _note_step(optimizer: Optimizer, *_: object) -> None:
+    stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    for moved in _perturbed.values():
+        moved.note_step(stepped)
+
+
+def _watch_optimizers() -> None:
+    if _perturbed and not _watching:
+        _watching.append(register_optimizer_step_post_hook(_note_step))
+    elif _watching and not _perturbed:
+        _watching.pop().remove()
+
+
+def _storage_of(tensor: Tensor) -> object:
+    return tensor.untyped_storage().data_ptr() if type(tensor) in PLAIN_TYPES else id(tensor)
 
 
 def _version_of(tensor: Tensor) -> int:

@@ -15,7 +15,7 @@ from .optim.bases import fused_base
 from .optim.descent import is_capturable
 from .optim.micro_batch import MicroBatchSAM
 from .optim.sam import SAM
-from .optim.state import State
+from .optim.state import Move, State
 
 
 def graphed_step(
@@ -85,8 +85,10 @@ class GraphedStep:
         control = optimizer._control
         before = control.readings()
         try:
+            buffers = list(model.buffers())
             with _undone(model, optimizer, self._device):
                 self._warm_up(max(warmup, 1), on_a_stream=capture)
+            _refuse_new_buffers(model, buffers)
             if capture:
                 self._capture()
                 self._readings = control.readings()
@@ -134,6 +136,8 @@ class GraphedStep:
         """
         self._check_batch(batch)
         self._check_frozen()
+        if self._graph is not None:
+            self._check_state()
         for static, tensor in zip(self._static, batch, strict=True):
             # From the host it is waited for: who loads batches ahead moves them ahead, and knows when memory is free again.
             static.copy_(tensor, non_blocking=tensor.device == static.device)
@@ -163,6 +167,17 @@ class GraphedStep:
                     "either."
                 )
 
+    def _check_state(self) -> None:
+        """What ``optimizer.step`` asks before it runs a closure; and after ``perturbed()`` it would run it once, not twice."""
+        control = self._optimizer._control
+        control.require(Move.STEP_CLOSURE)
+        if control.state is not State.CLEAN:
+            raise RuntimeError(
+                "step(*batch) is not possible while a perturbed() block was left and its step has not been taken: call "
+                "optimizer.step() first, or optimizer.restore() to give the step up."
+            )
+        self._optimizer._refuse_fresh_gradients()
+
     def _check_frozen(self) -> None:
         for (name, was), (_, now) in zip(self._frozen, _what_is_frozen(self._model, self._optimizer), strict=True):
             if now != was:
@@ -191,12 +206,28 @@ def _what_is_frozen(model: nn.Module, optimizer: SAM) -> list[tuple[str, Any]]:
         ("which parameters are perturbed, and how", [(group[names["perturb"]], group[names["adaptive"]]) for group in groups]),
         ("which parameters require gradients", [param.requires_grad for param in params]),
         ("momentum, amsgrad and step hooks of the base optimizer (some or none)", (family is None, keys)),
+        (
+            "which hyper-parameters are tensors, and which ones",
+            [(i, key, id(v)) for i, group in enumerate(groups) for key, v in group.items() if isinstance(v, Tensor)]
+            + [id(optimizer.max_grad_norm) if isinstance(optimizer.max_grad_norm, Tensor) else None],
+        ),
         ("maximize", [bool(group.get("maximize")) for group in groups]),
         ("optimizer.enabled", optimizer.enabled),
         ("max_grad_norm (a limit or none)", optimizer.max_grad_norm is None),
         ("num_micro_batches", getattr(optimizer, "num_micro_batches", 1)),
         ("the modules' training or evaluation mode", [module.training for module in model.modules()]),
     ]
+
+
+def _refuse_new_buffers(model: nn.Module, before: list[Tensor]) -> None:
+    """A buffer that forward replaces instead of writing it would be the old one in every replay."""
+    now = list(model.named_buffers())
+    new = [name for index, (name, buffer) in enumerate(now) if index >= len(before) or buffer is not before[index]]
+    if new or len(now) != len(before):
+        raise RuntimeError(
+            f"graphed_step: expected forward passes that write buffers in place, got {', '.join(new) or 'one less'} replaced "
+            "by another tensor: use copy_(), mul_() and the like in forward."
+        )
 
 
 @contextmanager

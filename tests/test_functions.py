@@ -408,6 +408,38 @@ def test_a_lost_perturbation_in_a_cycle_is_restored():
     assert w.item() == 1.0
 
 
+def test_a_lost_perturbation_does_not_undo_torch_s_fused_optimizers():
+    """Which leave no trace in version counters."""
+    w = torch.nn.Parameter(torch.tensor([1.0]))
+    other = torch.nn.Parameter(torch.tensor([1.0]))
+    lost, kept = perturb([w], [torch.ones(1)], 0.5), perturb([other], [torch.ones(1)], 0.5)
+    optimizer = torch.optim.AdamW([w], lr=0.1, fused=True)
+    w.grad = torch.ones(1)
+    optimizer.step()
+    here = w.item()
+    with pytest.warns(RuntimeWarning) as caught:
+        del lost
+        gc.collect()
+    assert w.item() == here and "stay as they are" in str(caught[0].message)
+    with pytest.warns(RuntimeWarning, match="are restored"):
+        del kept  # nobody has stepped that one
+        gc.collect()
+    assert other.item() == 1.0
+    assert not functions._watching
+
+
+@pytest.mark.parametrize("view", [lambda w: w.detach(), lambda w: w[:1]])
+def test_a_perturbation_of_a_view_on_top_is_nobody_s_writing(view):
+    w = double([1.0, 2.0])
+    lost = perturb([w], [double([1.0, 1.0])], 1.0)
+    with perturb([view(w)], [torch.ones_like(view(w))], 1.0):
+        pass
+    with pytest.warns(RuntimeWarning, match="are restored"):
+        del lost
+        gc.collect()
+    assert w.tolist() == [1.0, 2.0]
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_lost_perturbation_does_not_undo_what_was_trained_since(nested):
     """The garbage collector chooses the moment: a traceback may have held the handle for an hour."""
@@ -432,20 +464,28 @@ def test_a_lost_perturbation_does_not_undo_what_was_trained_since(nested):
 
 def test_a_lost_perturbation_below_another_is_restored_after_it():
     w = double([1.0])
-    lost, upper = perturb([w], [double([1.0])], 1.0), None
-    upper = perturb([w], [double([1.0])], 1.0)
-    with pytest.warns(RuntimeWarning):
-        del lost
-        gc.collect()
-    upper.restore()
-    assert w.item() == 1.0
+    for inside in (lambda: None, lambda: w.mul_(3.0)):  # what is written inside is the upper one's to undo
+        lost, upper = perturb([w], [double([1.0])], 1.0), None
+        upper = perturb([w], [double([1.0])], 1.0)
+        inside()
+        with pytest.warns(RuntimeWarning, match="when the later perturbations of them are"):
+            del lost
+            gc.collect()
+        upper.restore()
+        assert w.item() == 1.0
+
+
+def test_a_lost_perturbation_that_was_written_before_another_stays():
+    w = double([1.0])
     lost = perturb([w], [double([1.0])], 1.0)
-    with perturb([w], [double([1.0])], 1.0):
-        w.mul_(3.0)
-    with pytest.warns(RuntimeWarning):
+    w.add_(5.0)
+    upper = perturb([w], [double([1.0])], 1.0)
+    with pytest.warns(RuntimeWarning, match="later"):
         del lost
         gc.collect()
-    assert w.item() == 1.0
+    with pytest.warns(RuntimeWarning, match="stay as they are"):
+        upper.restore()
+    assert w.item() == pytest.approx(7.0)
 
 
 def test_restored_ones_are_dropped_in_silence():

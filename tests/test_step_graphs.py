@@ -254,6 +254,7 @@ CHANGES = {
     "momentum": lambda task: task.optimizer.param_groups[0].update(momentum=0.0, nesterov=False),
     "optimizer's parameters": lambda task: task.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]}),
     "model's parameters": lambda task: setattr(task.model[1], "running_mean", torch.zeros(8)),
+    "tensors": lambda task: task.optimizer.param_groups[0].update(lr=torch.tensor(0.1)),
     "state": lambda task: task.optimizer.load_state_dict(copy.deepcopy(task.optimizer.state_dict())),
     "step hooks (": lambda task: task.optimizer.register_step_post_hook(lambda *_: None),
     "hooks of the base": lambda task: task.optimizer.base_optimizer.register_step_post_hook(lambda *_: None),
@@ -271,6 +272,64 @@ def test_what_was_frozen_and_has_changed(name):
         step(*task.batches[1])
     assert_one_sentence(raised.value, name, "new graphed_step")
     assert_same_bits(task.everything()[0], before[0])
+
+
+class Replayed:
+    """Stands in for a captured graph."""
+
+    def replay(self):
+        raise AssertionError("replayed")
+
+
+@pytest.mark.parametrize("situation", ["perturbed", "ready", "accumulated", "fresh gradients", "closure"])
+def test_a_replay_in_the_middle_of_a_step(situation):
+    """It would take perturbed weights for the backup, or overwrite sums."""
+    task = Task("micro-batches" if situation == "accumulated" else "sam")
+    step = task.graphed()
+    step._graph = Replayed()
+    x, y = task.batches[0]
+
+    def evaluate():
+        F.cross_entropy(task.model(x), y).backward()
+
+    def replay():
+        before = task.everything()
+        with pytest.raises(RuntimeError) as raised:
+            step(x, y)
+        assert_one_sentence(raised.value, "step(")
+        assert_same_bits(task.everything()[0], before[0])
+
+    optimizer = task.optimizer
+    if situation == "closure":
+        optimizer.step(lambda: (evaluate(), replay())[0])
+        return
+    evaluate()
+    if situation == "perturbed":
+        optimizer.first_step()
+    elif situation == "ready":
+        with optimizer.perturbed():
+            evaluate()
+    elif situation == "accumulated":
+        with optimizer.micro_batch():
+            evaluate()
+    replay()
+
+
+def test_buffers_that_forward_replaces():
+    class Mean(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(6, 3)
+            self.register_buffer("mean", torch.zeros(()))
+
+        def forward(self, x):
+            self.mean = 0.9 * self.mean + 0.1 * x.mean().detach()
+            return super().forward(x) - self.mean
+
+    model = Mean()
+    optimizer = SAM(model.parameters(), SGD, lr=0.1, capturable=True)
+    with pytest.raises(RuntimeError) as raised:
+        graphed_step(model, F.cross_entropy, optimizer, (torch.randn(4, 6), torch.randint(3, (4,))), capture=False)
+    assert_one_sentence(raised.value, "mean", "copy_()")
 
 
 def test_hyper_parameters_reach_the_tables_that_a_graph_reads():

@@ -8,6 +8,8 @@ CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.float64: 1, torch.bfloa
 
 SUPPORTED: frozenset[torch.dtype] = frozenset(CODES)
 
+HALVES: frozenset[torch.dtype] = frozenset((torch.bfloat16, torch.float16))
+
 SUPPORTED_NAMES = "float32, float64, bfloat16 or float16"
 
 

@@ -233,7 +233,8 @@ def _scaled(grads: list[Tensor], inv_scale: Tensor | None, clip: Tensor | None) 
     for scale in (inv_scale, clip):
         if scale is not None:
             factor = factor * scale.to(factor)
-    return [grad * factor.to(grad.dtype) for grad in grads]
+    # In the arithmetic's dtype and rounded once: a half factor would round before it is used.
+    return [(grad.to(arithmetic_dtype(grad.dtype)) * factor.to(arithmetic_dtype(grad.dtype))).to(grad.dtype) for grad in grads]
 
 
 def _fusible(*lists: list[Tensor]) -> bool:

@@ -48,6 +48,7 @@ class _DeviceTable:
             self._written = [list(row) for row in floats]
         for row, column, tensor in tensors:
             self.table[row, column].copy_(tensor.detach().reshape(()))
+            captures.keep_if_captured(tensor, self.table.device)
 
 
 class HyperTable:

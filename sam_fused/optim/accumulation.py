@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sam_fused.ops import captures
-from sam_fused.ops.dtypes import arithmetic_dtype
+from sam_fused.ops.dtypes import HALVES, arithmetic_dtype
 from sam_fused.ops.functional import unrounded_
 from sam_fused.ops.prepared import TensorSet
 
@@ -147,7 +147,7 @@ class Accumulation:
         if len(self._exposed) != len(params):
             return grads
         return [
-            grad if grad is None or total is None or grad is not seen or grad.dtype == total.dtype else unrounded_(grad, total)
+            grad if grad is None or total is None or grad is not seen or grad.dtype not in HALVES else unrounded_(grad, total)
             for grad, seen, total in zip(grads, self._exposed, self.accumulators(params), strict=True)
         ]
 

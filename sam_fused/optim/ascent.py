@@ -182,6 +182,14 @@ class Ascent:
         for part in self.parts:
             part.note_clean()
 
+    def differs_from_backups(self) -> bool:
+        """Whether any weight is something else than its backup. For when something has been thrown: it reads them all."""
+        return any(
+            not torch.equal(param, backup)
+            for part in self.parts
+            for param, backup in zip(part.tensors.params, part.tensors.backups, strict=True)
+        )
+
     def restoring(self, members: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
         """What brings ``members`` back to where they were: the backup of each that is perturbed, itself for any other; and the
         cell that says whether they are perturbed, where that is one for all that are.

@@ -37,8 +37,8 @@ class Losses(NamedTuple):
 
 def evaluate(control: Control, closure: Callable[..., Any], *arguments: Any) -> Any:
     """Calls it with gradients enabled; what it calls of the optimizer is refused."""
-    control.evaluating = True
     try:
+        control.evaluating = True
         if torch.is_grad_enabled():
             return closure(*arguments)
         with torch.enable_grad():

@@ -108,11 +108,9 @@ class Descent:
             part.tensors.restore_()
         for entry in self._parts:
             entry.part.tensors.perturbed.fill_(1)  # cleared by the operation, in the call that steps
-        # Python backends step weights before they clear the cell. Of weights that were clean the versions tell.
-        versions = [
-            list(map(_version_of, entry.part.tensors.params)) if chosen.addresses is None and not ascending else None
-            for entry, chosen in zip(self._parts, checked, strict=True)
-        ]
+        # Python backends step weights before they clear the cell.
+        by_lists = not ascending and any(chosen.addresses is None for chosen in checked)
+        versions = list(map(_version_of, params)) if by_lists else []
         try:
             for entry in self._parts:
                 entry.state.commit()
@@ -121,8 +119,8 @@ class Descent:
             self.stepped = True
         except BaseException:
             self._key = None
-            for entry, before in zip(self._parts, versions, strict=True):
-                written = before is not None and before != list(map(_version_of, entry.part.tensors.params))
+            written = by_lists and self._have_stepped(ascent, params, versions)
+            for entry in self._parts:
                 if entry.part.tensors.is_perturbed and not written:
                     entry.state.withdraw()
                 else:
@@ -240,7 +238,7 @@ class Descent:
         factor = self._factor_unfused([grad for _, grad in present], final.grad_scale)
         own = all(param.grad is grad for param, grad in present)
         if factor is None and own:
-            self._run(base, params)
+            self._run(base, ascent, params)
             return
         # Copies stand in for the gradients during the step: gradients are never written into.
         held = [param.grad for param, _ in present]
@@ -248,12 +246,12 @@ class Descent:
         try:
             for (param, _), stand_in in zip(present, stand_ins, strict=True):
                 param.grad = stand_in
-            self._run(base, params)
+            self._run(base, ascent, params)
         finally:
             for (param, _), own_grad in zip(present, held, strict=True):
                 param.grad = own_grad
 
-    def _run(self, base: Optimizer, params: list[Tensor]) -> None:
+    def _run(self, base: Optimizer, ascent: Ascent, params: list[Tensor]) -> None:
         """The base optimizer's own ``step``. Where that raises, weights that were written say that it had stepped: a hook after
         it raised, or an interrupt came."""
         before = list(map(_version_of, params))
@@ -261,8 +259,13 @@ class Descent:
             base.step()
             self.stepped = True
         except BaseException:
-            self.stepped = before != list(map(_version_of, params))
+            self.stepped = self._have_stepped(ascent, params, before)
             raise
+
+    def _have_stepped(self, ascent: Ascent, params: list[Tensor], versions: list[int]) -> bool:
+        """Whether weights that were clean have been written. By version and by value: torch's fused steps, and who writes
+        through ``.data``, leave no trace in version counters."""
+        return versions != list(map(_version_of, params)) or ascent.differs_from_backups()
 
     def _factor_unfused(self, grads: list[Tensor], grad_scale: Tensor | None) -> Tensor | None:
         """What the gradients are multiplied with before the base optimizer's own ``step`` reads them."""

@@ -277,6 +277,7 @@ class MicroBatchSAM(SAM):
         if final is None and self._accumulation.count:
             scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
             grads = self._accumulation.gradients(self._params())
+            self._refuse_dropped_gradients(grads)
             wide = any(g is not None and g.dtype != p.dtype for g, p in zip(grads, self._params(), strict=True))
             final = Final(grads, wide=wide, grad_scale=scale, found_inf=found_inf)
         super()._base_step(final)
@@ -311,6 +312,14 @@ class MicroBatchSAM(SAM):
             raise RuntimeError(
                 f"{move}: expected micro_batch() because there are {self._control.num_micro_batches} micro-batches, got a form "
                 "for whole batches: use `with optimizer.micro_batch(weight=...)`, step(closure, *batch), or SAM."
+            )
+
+    def _refuse_dropped_gradients(self, grads: list[Tensor | None]) -> None:
+        """A step with no gradient at all after a whole batch: a ``zero_grad()`` at the end of the loop's body."""
+        if not any(map(is_not, grads, repeat(None))):
+            raise RuntimeError(
+                "step(): expected the batch's gradient in .grad after the last micro_batch() block, got None on every "
+                "parameter: call zero_grad() before each first pass and not after a block, or restore() to give the step up."
             )
 
     def _refuse_a_batch_between_passes(self) -> None:

@@ -31,7 +31,8 @@ grad_of = attrgetter("grad")
 
 
 def _has_no_lr(group: dict[str, Any]) -> bool:
-    return is_known(group["lr"]) and float(number(group["lr"])) == 0
+    lr = group.get("lr")
+    return lr is not None and is_known(lr) and float(number(lr)) == 0
 
 
 class SAM(Wrapper):
@@ -213,9 +214,11 @@ class SAM(Wrapper):
 
     @contextmanager
     def _scale_of_this_step(self) -> Iterator[None]:
+        evaluating = self._control.evaluating  # by a step around this one, which is about to be refused
         try:
             yield
         except BaseException:
+            self._control.evaluating = evaluating
             # A scaler takes these back only after a step that returned; left here they would scale the next one twice.
             for name in ("grad_scale", "found_inf"):
                 self.__dict__.pop(name, None)

@@ -59,7 +59,7 @@ TABLE: dict[Move, dict[State, str | None]] = {
     Move.FIRST_STEP: _refused_in_a_step(),
     Move.SECOND_STEP: _refused_when(
         CLEAN="call first_step() after the first backward",
-        READY="call step() after a perturbed() or micro_batch() block",
+        READY="call step() after a perturbed() block",
         INSIDE=_LEAVE,
         ACCUMULATED=_COMPLETE,
         COMPLETE=_STEP,
@@ -146,7 +146,7 @@ class Control:
         """Raises RuntimeError, in one sentence, if ``move`` is not allowed now."""
         if self.evaluating:
             raise RuntimeError(
-                f"step(closure): expected a closure that only evaluates, got one that calls {move.value}: leave perturbing and "
+                f"step(closure): expected a closure that only evaluates, got {move.value} in one: leave perturbing and "
                 "stepping to step(closure), or run both passes by hand."
             )
         remedy = TABLE[move][self.state]

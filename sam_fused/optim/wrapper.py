@@ -63,7 +63,7 @@ class Wrapper(Optimizer):
         """Adds a group to both optimizers; SAM's missing keys take their constructor values.
 
         Raises:
-            RuntimeError: the weights are perturbed.
+            RuntimeError: a step has begun: the weights are perturbed, or micro-batches have been added up.
         """
         self._control.require(Move.ADD_PARAM_GROUP)
         base, known = self.base_optimizer, len(self.base_optimizer.param_groups)
@@ -82,7 +82,7 @@ class Wrapper(Optimizer):
         """The base optimizer's state dict, SAM's group keys in its groups; nothing of the perturbation.
 
         Raises:
-            RuntimeError: the weights are perturbed.
+            RuntimeError: a step has begun: the weights are perturbed, or micro-batches have been added up.
         """
         self._control.require(Move.STATE_DICT)
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
@@ -99,7 +99,7 @@ class Wrapper(Optimizer):
         afresh, and a warning says so.
 
         Raises:
-            RuntimeError: the weights are perturbed.
+            RuntimeError: a step has begun: the weights are perturbed, or micro-batches have been added up.
         """
         self._control.require(Move.LOAD_STATE_DICT)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -112,7 +112,7 @@ class Wrapper(Optimizer):
         """Frees the backups (once the parameters' size) and accumulators; the next step allocates them again.
 
         Raises:
-            RuntimeError: the weights are perturbed.
+            RuntimeError: a step has begun: the weights are perturbed, or micro-batches have been added up.
         """
         self._control.require(Move.RELEASE_BUFFERS)
         self._ascent.release()

@@ -10,17 +10,18 @@ import sam_fused
 # An interrupt may come between any two lines. The line where it comes is chosen by a trace function.
 
 _PACKAGE = Path(sam_fused.__file__).parent
-_TRACED = tuple(str(path) for path in ((_PACKAGE / "optim"), (_PACKAGE / "ops" / "prepared.py")))
+_TRACED = tuple(str(_PACKAGE / name) for name in ("optim", "ops/prepared.py"))
+_TRACED_OPERATIONS = (*_TRACED, *(str(_PACKAGE / "ops" / name) for name in ("foreach.py", "reference.py", "functional.py")))
 
 
 class Interrupt:
-    """Raises KeyboardInterrupt at the n-th line of the optimizer layer or the prepared sets."""
+    """Raises KeyboardInterrupt at the n-th line of the files traced."""
 
-    def __init__(self, number):
-        self.number, self.count, self.where = number, 0, None
+    def __init__(self, number, traced=_TRACED):
+        self.number, self.count, self.where, self.traced = number, 0, None, traced
 
     def _trace(self, frame, event, _):
-        if not frame.f_code.co_filename.startswith(_TRACED):
+        if not frame.f_code.co_filename.startswith(self.traced):
             return None
         if event == "line":
             self.count += 1
@@ -43,13 +44,13 @@ class Interrupt:
         return False
 
 
-def interrupted_everywhere(prepare):
+def interrupted_everywhere(prepare, operations=False):
     """For every line n: ``prepare()`` gives the action to interrupt and a check that takes the place of the interrupt."""
     number, problems = 0, []
     while True:
         number += 1
         action, check = prepare()
-        interrupt = Interrupt(number)
+        interrupt = Interrupt(number, _TRACED_OPERATIONS if operations else _TRACED)
         if not interrupt.during(action):
             assert number > 20
             break

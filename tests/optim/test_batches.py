@@ -160,6 +160,35 @@ def test_the_types_of_containers_are_kept():
     assert len(sample.x) == 6 and len(labels[0]) == 6
 
 
+class Pairs(tuple):
+    """A tuple with a constructor of its own."""
+
+    __slots__ = ()
+
+    def __new__(cls, first, second):
+        return super().__new__(cls, (first, second))
+
+
+def test_containers_without_tensors_are_the_caller_s_own():
+    """A log that the closure fills, statistics, options."""
+    log, seen, options, sample = [], {}, Pairs(1, 2), Sample(None, "a", {})
+    for (_, *given), _ in micro_batches((rows(4), log, seen, options, sample), 2):
+        assert all(a is b for a, b in zip(given, (log, seen, options, sample), strict=True))
+
+
+def test_a_tuple_with_a_constructor_of_its_own_becomes_a_plain_one():
+    for (pair,), _ in micro_batches((Pairs(rows(4), "a"),), 2):
+        assert type(pair) is tuple and len(pair[0]) == 2 and pair[1] == "a"
+
+
+def test_containers_that_hold_themselves():
+    loop = [rows(4)]
+    loop.append({"again": loop})
+    with pytest.raises(ValueError) as raised:
+        micro_batches((loop,), 2)
+    assert_one_sentence(raised.value, "argument 0[1]['again']")
+
+
 def test_sequences_whose_first_dimension_is_not_the_batch():
     packed = torch.nn.utils.rnn.pack_sequence([rows(3), rows(2)])
     nested = torch.nested.nested_tensor([rows(3), rows(2)], layout=torch.jagged)

@@ -312,12 +312,16 @@ def test_hyper_parameters_of_several_elements_are_refused():
     with pytest.raises(ValueError) as raised:
         SAM([parameter([1.0])], SGD, lr=0.1, rho=torch.tensor([0.1, 0.2]))
     assert_one_sentence(raised.value, "rho", "tensor([0.1")
-    optimizer = SAM([parameter([1.0])], RMSprop, lr=0.1, max_grad_norm=torch.tensor([1.0]))
-    w = optimizer.param_groups[0]["params"][0]
-    with torch.no_grad():
-        w.grad = torch.ones_like(w)
+
+
+@pytest.mark.parametrize("limit", [torch.tensor(0.5), torch.tensor([0.5])])
+def test_a_limit_of_shape_one_does_not_broadcast_into_gradients(limit):
+    w = parameter(3.0)
+    optimizer = SAM([w], RMSprop, lr=0.1, alpha=0.0, eps=0.5, max_grad_norm=limit)  # w -= lr g / (|g| + eps), g clipped to 0.5
     optimizer.enabled = False
-    optimizer.step()  # a limit of shape [1] does not broadcast into the gradients
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    assert w.item() == pytest.approx(3.0 - 0.1 * 0.5)
 
 
 def test_betas_of_adam_may_be_on_a_device():

@@ -185,24 +185,58 @@ def test_gradients_are_none_between_micro_batches_and_the_step_s_at_the_end(back
     assert all(p.grad is None for p in other.params)  # of the closure form, which has no place for it
 
 
+@pytest.mark.parametrize("name", ["SGD", "RMSprop"])
+def test_a_batch_that_zero_grad_has_dropped_is_missed(backend, name):
+    """``zero_grad()`` at the end of the loop's body: after the last block it drops the sum."""
+    case = Case(backend, name)
+    for number in range(3):
+        case.micro_batch(number)
+    case.optimizer.zero_grad()
+    before = snapshot(case.params)
+    with pytest.raises(RuntimeError) as raised:
+        case.optimizer.step()
+    assert_one_sentence(raised.value, "zero_grad()", "restore()")
+    assert_same_bits(case.params, before)
+    case.optimizer.restore()
+    for number in range(3):
+        case.micro_batch(number)
+    case.optimizer.step()
+    assert not any(map(torch.equal, case.params, before))
+
+
+@pytest.mark.parametrize("to", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_a_model_of_halves_that_is_converted_before_its_step(backend, to):
+    """What ``.grad`` holds after the conversion is what is stepped with."""
+    w = parameter([1.0, 2.0], dtype=torch.bfloat16)
+    optimizer = make([w], SGD, 2, backend=backend, lr=1.0, rho=0.0)
+    for _ in range(2):
+        (w * torch.tensor([0.5, 0.25], dtype=torch.bfloat16)).sum().backward()
+        with optimizer.micro_batch():
+            (w * torch.tensor([0.5, 0.25], dtype=torch.bfloat16)).sum().backward()
+    w.data, w.grad = w.data.to(to), None
+    w.grad = torch.tensor([0.5, 0.25], dtype=to)
+    optimizer.step()
+    assert w.tolist() == [0.5, 1.75] and w.dtype == to
+
+
 def test_what_is_done_to_the_gradient_by_hand_counts(backend):
     """Clipping, masking, replacing: between the last micro-batch and the step."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         for touch in ("scale", "replace", "drop"):
-            w = torch.nn.Parameter(torch.zeros(3, dtype=dtype))
-            optimizer = make([w], SGD, 2, backend=backend, lr=1.0, rho=0.0)
+            w, other = (torch.nn.Parameter(torch.zeros(3, dtype=dtype)) for _ in range(2))
+            optimizer = make([w, other], SGD, 2, backend=backend, lr=1.0, rho=0.0)
             for scale in (1.0, 2.0):
                 optimizer.zero_grad()
-                (w * scale).sum().backward()
+                ((w + other) * scale).sum().backward()
                 with optimizer.micro_batch():
-                    (w * scale).sum().backward()
+                    ((w + other) * scale).sum().backward()
             assert w.grad.tolist() == [1.5] * 3
             if touch == "scale":
                 w.grad.mul_(2)
             else:
                 w.grad = None if touch == "drop" else torch.full_like(w, 5.0)
             optimizer.step()
-            assert w.tolist() == [{"scale": -3.0, "replace": -5.0, "drop": 0.0}[touch]] * 3
+            assert w.tolist() == [{"scale": -3.0, "replace": -5.0, "drop": 0.0}[touch]] * 3 and other.tolist() == [-1.5] * 3
 
 
 def test_zero_grad_to_zeros_does_not_reach_what_was_added_up(backend, whole_step):
