@@ -185,7 +185,7 @@ class Ascent:
     def differs_from_backups(self) -> bool:
         """Whether any weight is something else than its backup. For when something has been thrown: it reads them all."""
         return any(
-            not torch.equal(param, backup)
+            param.dtype != backup.dtype or param.device != backup.device or not torch.equal(param, backup)
             for part in self.parts
             for param, backup in zip(part.tensors.params, part.tensors.backups, strict=True)
         )

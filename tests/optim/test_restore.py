@@ -471,6 +471,23 @@ def test_an_error_after_an_unfused_step_is_not_a_reason_to_step_again(place, fus
         assert not any(map(torch.equal, snapshot(params), after))
 
 
+def test_an_error_of_a_step_that_has_converted_the_weights_is_the_one_that_is_seen():
+    optimizer, params, evaluate = _two_params(None, BASES["RMSprop"])
+
+    def convert(*_):
+        for param in params:
+            param.data, param.grad = param.data.half(), None
+        raise ValueError("in the middle")
+
+    optimizer.base_optimizer.register_step_pre_hook(convert)
+    evaluate()
+    with optimizer.perturbed():
+        evaluate()
+    with pytest.raises(ValueError, match="in the middle"):
+        optimizer.step()
+    assert optimizer._control.state is State.CLEAN
+
+
 @pytest.mark.parametrize("how", ["perturbed", "first_step"])
 def test_interrupt_at_any_line_of_an_ascent(backend, how):
     optimizer, params, evaluate = _two_params(backend, BASES["SGD"])
