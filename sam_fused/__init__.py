@@ -6,6 +6,7 @@ from .functions import Perturbation, perturb, restore
 from .graphs import GraphedStep, graphed_step
 from .ops.metrics import PerturbationMetrics
 from .optim import SAM, Losses, MicroBatchSAM
+from .schedule import RhoScheduler, SwitchSchedule
 
 __version__ = "0.1.0"
 
@@ -16,6 +17,8 @@ __all__ = [
     "MicroBatchSAM",
     "Perturbation",
     "PerturbationMetrics",
+    "RhoScheduler",
+    "SwitchSchedule",
     "__version__",
     "freeze_batch_norm_stats",
     "graphed_step",

@@ -1,0 +1,335 @@
+"""When SAM is on and how large rho is, over a run: positions, what it costs while off, checkpoints, other schedulers."""
+
+import math
+import pickle
+
+import pytest
+import torch
+from torch.optim import SGD, Adam, AdamW, lr_scheduler
+
+from sam_fused import SAM, MicroBatchSAM, RhoScheduler, SwitchSchedule
+from sam_fused.ops.prepared import TensorSet
+from tests.optim.helpers import Regression, assert_one_sentence, assert_same_bits, assert_same_state, parameter, snapshot_state
+
+pytestmark = pytest.mark.cpu_only
+
+
+def make(**kwargs):
+    return SAM([parameter([1.0, 2.0])], SGD, **{"lr": 0.1, **kwargs})
+
+
+def positions_on(schedule, count):
+    found = []
+    for _ in range(count):
+        found.append(schedule.optimizer.enabled)
+        schedule.step()
+    return [position for position, on in enumerate(found) if on]
+
+
+# ---- when SAM is on ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "on"),
+    [
+        ({}, range(12)),
+        ({"start": 5}, range(5, 12)),
+        ({"start": 0.75, "total": 12}, range(9, 12)),
+        ({"start": 0.7, "total": 12}, range(9, 12)),  # 8.4: a fraction is not reached before its position
+        ({"start": 2, "stop": 5}, range(2, 5)),
+        ({"stop": 0.25, "total": 12}, range(3)),
+        ({"every": 5}, (0, 5, 10)),
+        ({"start": 3, "every": 4}, (3, 7, 11)),
+        ({"start": 3, "stop": 11, "every": 4}, (3, 7)),
+        ({"start": 1.0, "total": 12}, ()),
+    ],
+)
+def test_positions(options, on):
+    assert positions_on(SwitchSchedule(make(), **options), 12) == list(on)
+
+
+def test_a_fraction_is_exact_where_its_product_is_not():
+    assert 0.55 * 100 > 55
+    assert SwitchSchedule(make(), start=0.55, total=100).start == 55
+
+
+class Task(Regression):
+    """A regression whose closure says how often it was called, and at which weights."""
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.evaluations = 0
+        self.optimizer = SAM(self.params, SGD, **{"lr": 0.1, "momentum": 0.9, "rho": 0.1, **kwargs})
+
+    def closure(self):
+        self.evaluations += 1
+        return self.evaluate()
+
+
+def test_while_off_there_is_one_evaluation_and_nothing_but_the_base_step(monkeypatch):
+    """No norm, no perturbation, no restore, no backup: the passes over memory are the base optimizer's."""
+    seen = []
+    for name in ("grad_norm", "perturb_", "restore_", "restore_accumulate_"):
+        own = getattr(TensorSet, name)
+        monkeypatch.setattr(TensorSet, name, lambda self, *a, name=name, own=own, **k: seen.append(name) or own(self, *a, **k))
+    task = Task()
+    switch = SwitchSchedule(task.optimizer, start=2)
+    for _ in range(2):
+        task.optimizer.step(task.closure)
+        switch.step()
+    assert task.evaluations == 2 and seen == [] and task.optimizer.buffer_bytes == 0
+    task.optimizer.step(task.closure)
+    assert task.evaluations == 4 and seen == ["grad_norm", "perturb_"] and task.optimizer.buffer_bytes > 0
+
+
+@pytest.mark.parametrize("form", ["closure", "by hand", "micro-batches"])
+def test_late_sam_is_the_base_optimizer_and_then_sam(form):
+    """Bit for bit: four steps of SGD, and four of a SAM around it."""
+    ours, plain = Regression(), Regression()
+    kwargs = {"lr": 0.05, "momentum": 0.9}
+    micro = form == "micro-batches"
+
+    def sam(case, base, **options):
+        return MicroBatchSAM(case.params, base, num_micro_batches=2, **options) if micro else SAM(case.params, base, **options)
+
+    def step(optimizer, case):
+        def closure(x=case.x, y=case.y):
+            loss = torch.nn.functional.mse_loss(case.model(x), y)
+            loss.backward()
+            return loss
+
+        if form == "by hand":
+            optimizer.zero_grad()
+            closure()
+            if optimizer.enabled:
+                with optimizer.perturbed():
+                    closure()
+            optimizer.step()
+        else:
+            optimizer.step(closure, *((case.x, case.y) if micro else ()))
+
+    late = sam(ours, SGD, rho=0.1, **kwargs)
+    switch = SwitchSchedule(late, start=0.5, total=8)
+    reference = sam(plain, SGD, rho=0.1, **kwargs)
+    for number in range(8):
+        reference.enabled = number >= 4
+        step(late, ours)
+        step(reference, plain)
+        switch.step()
+    assert_same_bits(ours.params, plain.params)
+    moved = Regression()
+    base = SGD(moved.params, **kwargs)
+    for _ in range(4):
+        base.zero_grad()
+        moved.evaluate()
+        base.step()
+    again = Regression()
+    early = sam(again, SGD, rho=0.1, **kwargs)
+    SwitchSchedule(early, start=100)
+    for _ in range(4):
+        step(early, again)
+    torch.testing.assert_close([p.detach() for p in again.params], [p.detach() for p in moved.params], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("base", [SGD, AdamW])
+def test_momentum_is_shared_or_starts_afresh_at_the_switch(base):
+    options = {"momentum": 0.9} if base is SGD else {}
+    found = {}
+    for momentum in ("shared", "fresh"):
+        case = Regression()
+        optimizer = SAM(case.params, base, lr=0.01, **options)
+        switch = SwitchSchedule(optimizer, start=3, every=2, momentum=momentum)
+        for number in range(6):
+            if number == 3:
+                assert bool(optimizer.state) == (momentum == "shared")
+            optimizer.step(case.evaluate)
+            switch.step()
+            assert number == 2 or optimizer.state  # at the switch alone, and not each time SAM is on again
+        found[momentum] = [p.detach().clone() for p in case.params]
+        case.params[0].grad = None
+    assert not all(map(torch.equal, found["shared"], found["fresh"]))
+    # Two optimizers over the same weights, as the authors have it.
+    case = Regression()
+    first, second = base(case.params, lr=0.01, **options), SAM(case.params, base, lr=0.01, **options)
+    for number in range(6):
+        if number < 3:
+            first.zero_grad()
+            case.evaluate()
+            first.step()
+            continue
+        if number == 3:
+            first.zero_grad()
+        second.enabled = number in (3, 5)
+        second.step(case.evaluate)
+    torch.testing.assert_close([p.detach() for p in case.params], found["fresh"], rtol=1e-12, atol=1e-14)
+
+
+# ---- rho -----------------------------------------------------------------------------------------------------------------
+
+
+def rhos(scheduler, count):
+    found = []
+    for _ in range(count):
+        found.append(scheduler.optimizer.param_groups[0]["rho"])
+        scheduler.step()
+    return found
+
+
+def test_rho_over_a_run():
+    rho = 0.5
+    close = lambda values: pytest.approx(values, abs=1e-12)  # noqa: E731
+    assert rhos(RhoScheduler.constant(make(rho=rho)), 3) == [rho] * 3
+    assert rhos(RhoScheduler.constant(make(rho=rho), warmup=4), 6) == close([0, 0.125, 0.25, 0.375, 0.5, 0.5])
+    assert rhos(RhoScheduler.linear(make(rho=rho), total=4, final=0.2), 6) == close([0.5, 0.4, 0.3, 0.2, 0.1, 0.1])
+    half = [0.5 * (1 + math.cos(math.pi * t / 4)) / 2 for t in range(5)]
+    assert rhos(RhoScheduler.cosine(make(rho=rho), total=4), 6) == close([*half, 0.0])
+    warmed = RhoScheduler.cosine(make(rho=rho), total=6, warmup=2, final=0.5)
+    assert rhos(warmed, 8) == close([0, 0.25, *(0.25 + h / 2 for h in half), 0.25])
+    assert rhos(RhoScheduler(make(rho=rho), lambda t: 2.0**-t), 3) == [0.5, 0.25, 0.125]
+
+
+def test_rho_follows_the_learning_rate_of_its_group():
+    a, b = parameter([1.0]), parameter([2.0])
+    optimizer = SAM([{"params": [a]}, {"params": [b], "lr": 0.01, "rho": 0.2}], SGD, lr=0.1, rho=0.05)
+    scheduler = RhoScheduler.proportional_to_lr(optimizer)
+    lrs = lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
+    for _ in range(7):
+        optimizer.step(lambda: (a * b).sum().backward())
+        lrs.step()
+        scheduler.step()
+        first, second = optimizer.param_groups
+        assert first["rho"] == pytest.approx(0.05 * first["lr"] / 0.1, rel=1e-12)
+        assert second["rho"] == pytest.approx(0.2 * second["lr"] / 0.01, rel=1e-12)
+    assert first["rho"] < 0.02
+
+
+def test_rho_of_a_base_with_a_rho_of_its_own():
+    optimizer = SAM([parameter([1.0])], torch.optim.Adadelta, sam_rho=0.5)
+    RhoScheduler.linear(optimizer, total=2).step()
+    assert optimizer.param_groups[0]["sam_rho"] == 0.25 and optimizer.param_groups[0]["rho"] == 0.9
+
+
+def test_a_factor_that_is_none_leaves_everything_as_it_was():
+    scheduler = RhoScheduler(make(rho=0.5), lambda t: 1.0 - t)
+    scheduler.step()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="position 2"):
+            scheduler.step()
+        assert scheduler.position == 1 and scheduler.optimizer.param_groups[0]["rho"] == 0.0
+
+
+def test_a_rho_that_is_a_tensor_is_written_in_place():
+    rho = torch.tensor(0.5, requires_grad=True)
+    optimizer = make(rho=rho)
+    RhoScheduler.linear(optimizer, total=2).step()
+    assert optimizer.param_groups[0]["rho"] is rho and rho.item() == 0.25
+
+
+def test_the_perturbation_has_the_scheduled_length():
+    w = parameter([3.0, 4.0])
+    optimizer = SAM([w], SGD, lr=0.0, rho=0.5)
+    scheduler = RhoScheduler.linear(optimizer, total=2)
+    lengths = []
+    for _ in range(3):
+        (0.5 * (w**2).sum()).backward()
+        before = w.detach().clone()
+        with optimizer.perturbed():
+            lengths.append((w.detach() - before).norm().item())
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    assert lengths == pytest.approx([0.5, 0.25, 0.0], abs=1e-12)
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", [SGD, Adam])
+@pytest.mark.parametrize("cut", [2, 4, 6])
+def test_a_resumed_run_is_the_uninterrupted_one(base, cut):
+    """Cut before the switch, at it, after it; rho and the learning rate are scheduled too."""
+
+    def begin():
+        case = Regression()
+        options = {"momentum": 0.9} if base is SGD else {}
+        optimizer = SAM(case.params, base, lr=0.05, rho=0.2, **options)
+        schedules = (
+            lr_scheduler.CosineAnnealingLR(optimizer, T_max=8),
+            SwitchSchedule(optimizer, start=0.5, total=8, momentum="fresh"),
+            RhoScheduler.cosine(optimizer, total=8, warmup=1),
+            RhoScheduler.proportional_to_lr(make()),
+        )
+        return case, optimizer, schedules
+
+    def train(case, optimizer, schedules, count):
+        for _ in range(count):
+            optimizer.step(case.evaluate)
+            for schedule in schedules:
+                schedule.step()
+
+    whole = begin()
+    train(*whole, 8)
+    first = begin()
+    train(*first, cut)
+    saved = pickle.loads(pickle.dumps([part.state_dict() for part in (first[0].model, first[1], *first[2])]))
+    second = begin()
+    for part, state in zip((second[0].model, second[1], *second[2]), saved, strict=True):
+        part.load_state_dict(state)
+    second[1].zero_grad()
+    train(*second, 8 - cut)
+    assert_same_bits(second[0].params, whole[0].params)
+    assert_same_state(snapshot_state(second[1]), snapshot_state(whole[1]))
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"start": 5, "stop": 5}, "before the stop"),
+        ({"start": 0.9, "stop": 0.5, "total": 10}, "before the stop"),
+        ({"start": 20, "total": 10}, "within the run"),
+        ({"start": 0.5}, "total"),
+        ({"start": 1.5, "total": 10}, "fraction"),
+        ({"start": -1}, "position"),
+        ({"start": "late"}, "position"),
+        ({"start": True}, "position"),
+        ({"every": 0}, "every"),
+        ({"total": 0}, "total"),
+        ({"momentum": "old"}, "shared"),
+    ],
+)
+def test_switches_that_mean_nothing(options, word):
+    optimizer = make()
+    optimizer.enabled = False
+    with pytest.raises(ValueError) as raised:
+        SwitchSchedule(optimizer, **options)
+    assert_one_sentence(raised.value, word)
+    assert optimizer.enabled is False
+
+
+@pytest.mark.parametrize(
+    ("attempt", "word"),
+    [
+        (lambda o: RhoScheduler(o, lambda t: -1.0), "factor"),
+        (lambda o: RhoScheduler(o, lambda t: math.nan), "factor"),
+        (lambda o: RhoScheduler.linear(o, total=4, final=-0.5), "final"),
+        (lambda o: RhoScheduler.cosine(o, total=4, final=math.inf), "final"),
+        (lambda o: RhoScheduler.cosine(o, total=0), "total"),
+        (lambda o: RhoScheduler.cosine(o, total=4, warmup=4), "warmup"),
+        (lambda o: RhoScheduler.constant(o, warmup=-1), "warmup"),
+        (lambda o: o.param_groups[0].update(lr=0.0) or RhoScheduler.proportional_to_lr(o), "learning rates above 0"),
+    ],
+)
+def test_rho_schedules_that_mean_nothing(attempt, word):
+    with pytest.raises(ValueError) as raised:
+        attempt(make())
+    assert_one_sentence(raised.value, word)
+
+
+@pytest.mark.parametrize("schedule", [SwitchSchedule, RhoScheduler.constant, RhoScheduler.proportional_to_lr])
+def test_other_optimizers_are_refused(schedule):
+    with pytest.raises(TypeError) as raised:
+        schedule(SGD([parameter([1.0])], lr=0.1))
+    assert_one_sentence(raised.value, "SGD")
