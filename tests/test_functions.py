@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 
-from sam_fused import SAM, functions
+from sam_fused import SAM, functions, moved
 from sam_fused.functions import Perturbation, perturb, restore
 from sam_fused.ops.backends import available_backends
 from sam_fused.ops.prepared import TensorSet
@@ -26,8 +26,8 @@ def _nothing_is_left_perturbed(monkeypatch):
     monkeypatch.delenv("SAM_FUSED_BACKEND", raising=False)
     torch.set_num_threads(1)  # with two these few elements take several times as long
     yield
-    left = list(functions._perturbed.values())
-    functions._perturbed.clear()  # one test's failure is not the next one's
+    left = list(moved._perturbed.values())
+    moved._perturbed.clear()  # one test's failure is not the next one's
     assert not left
 
 
@@ -357,7 +357,7 @@ def test_if_a_part_fails_no_part_has_moved(monkeypatch, when):
     assert caught.tb is not None  # whoever looks at the traceback holds the call's frame: restoring cannot wait for it to go
     assert seen == [(pytest.approx(4.0), pytest.approx(6.0) if when == "after" else 2.0)]
     assert (first.item(), second.item()) == (1.0, 2.0)
-    assert not functions._perturbed
+    assert not moved._perturbed
 
 
 def test_parts_share_one_norm(monkeypatch):
@@ -425,7 +425,7 @@ def test_a_lost_perturbation_does_not_undo_torch_s_fused_optimizers():
         del kept  # nobody has stepped that one
         gc.collect()
     assert other.item() == 1.0
-    assert not functions._watching
+    assert not moved._watching
 
 
 @pytest.mark.parametrize("view", [lambda w: w.detach(), lambda w: w[:1]])
