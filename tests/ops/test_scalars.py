@@ -23,6 +23,13 @@ def test_a_weighted_mean_is_rounded_once(dtype, shape):
     assert weighted_mean([single], [1.0]).item() == 3.0 and not weighted_mean([single], [1.0]).requires_grad
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_weighted_mean_of_whole_numbers_is_none(device):
+    """A closure may return a count."""
+    mean = weighted_mean([torch.tensor(value, device=device) for value in (1, 2)], [0.5, 0.5])
+    assert mean.dtype == torch.float32 and (device == "meta" or mean.item() == 1.5)
+
+
 def test_a_weighted_mean_of_scalars_elsewhere_stays_there(monkeypatch):
     """No value is asked for: with the CPU's branch closed, the other one's results are the same."""
 
