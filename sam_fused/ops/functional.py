@@ -330,8 +330,8 @@ def count_not_finite_(norm: Tensor, count: Tensor) -> None:
 
 
 def weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """``sum_i weights_i values_i`` of scalars whose weights sum to 1: 0-dim, on the first one's device and in its dtype (fp32 of
-    whole numbers), added up in the dtype of the arithmetic. Of a single one it is that one. Nothing waits for it."""
+    """``sum_i weights_i values_i`` of scalars whose weights sum to 1: 0-dim, on the first one's device and in its dtype (of
+    whole numbers fp32), added up in the dtype of the arithmetic. Of a single one it is that one. Nothing waits for it."""
     device = values[0].device
     dtype = values[0].dtype if values[0].dtype.is_floating_point else torch.float32
     if len(values) == 1:
