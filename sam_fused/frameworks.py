@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from .optim import SAM, MicroBatchSAM
 
 Wanted = TypeVar("Wanted", bound=SAM)
@@ -22,19 +24,21 @@ def _inside(optimizer: Any, wanted: type[Wanted], function: str) -> Wanted:
     return inner
 
 
-def perturbed(optimizer: Any) -> AbstractContextManager[None]:
-    """``SAM.perturbed()`` of the optimizer inside.
+def perturbed(optimizer: Any, *, grad_scale: float | Tensor | None = None) -> AbstractContextManager[None]:
+    """``SAM.perturbed(grad_scale=)`` of the optimizer inside.
 
     Raises:
         TypeError: there is no SAM inside.
     """
-    return _inside(optimizer, SAM, "perturbed").perturbed()
+    return _inside(optimizer, SAM, "perturbed").perturbed(grad_scale=grad_scale)
 
 
-def micro_batch(optimizer: Any, weight: float | None = None) -> AbstractContextManager[None]:
-    """``MicroBatchSAM.micro_batch(weight)`` of the optimizer inside.
+def micro_batch(
+    optimizer: Any, weight: float | None = None, *, grad_scale: float | Tensor | None = None
+) -> AbstractContextManager[None]:
+    """``MicroBatchSAM.micro_batch(weight, grad_scale=)`` of the optimizer inside.
 
     Raises:
         TypeError: there is no MicroBatchSAM inside.
     """
-    return _inside(optimizer, MicroBatchSAM, "micro_batch").micro_batch(weight)
+    return _inside(optimizer, MicroBatchSAM, "micro_batch").micro_batch(weight, grad_scale=grad_scale)

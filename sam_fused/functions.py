@@ -115,6 +115,8 @@ def perturb(
     row = [_number(rho, "rho", "0.05"), _number(perturb_eps, "perturb_eps", "1e-12")]
     hyper = torch.tensor([row], dtype=torch.float64, device="cpu")
     backends.check_name(backend)
+    if not isinstance(adaptive, bool):
+        raise TypeError(f"adaptive: expected True or False, got {adaptive!r}: sam_fused.SAM has the other definitions.")
     moving, directions = _with_gradients(_listed(tensors, "tensors"), grads)
     checks.refuse_shared_memory(moving)
     refuse_capture(moving, "perturb()")

@@ -191,7 +191,6 @@ def _what_is_frozen(model: nn.Module, optimizer: SAM) -> list[tuple[str, Any]]:
     """What the host decides by in a step, as it is now: a replay follows the decisions of the capture."""
     base = optimizer.base_optimizer
     family = fused_base(base)
-    names = optimizer._names
     groups = base.param_groups
     keys = () if family is None else tuple(family.state_keys(group) for group in groups)
     params = [param for group in groups for param in group["params"]]
@@ -203,7 +202,7 @@ def _what_is_frozen(model: nn.Module, optimizer: SAM) -> list[tuple[str, Any]]:
             [t.data_ptr() for held in base.state.values() for t in held.values() if isinstance(t, Tensor)],
         ),
         ("step hooks (some or none)", bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)),
-        ("which parameters are perturbed, and how", [(group[names["perturb"]], group[names["adaptive"]]) for group in groups]),
+        ("which parameters are perturbed, and how", _ascents(optimizer)),
         ("which parameters require gradients", [param.requires_grad for param in params]),
         ("momentum, amsgrad and step hooks of the base optimizer (some or none)", (family is None, keys)),
         (
@@ -217,6 +216,12 @@ def _what_is_frozen(model: nn.Module, optimizer: SAM) -> list[tuple[str, Any]]:
         ("num_micro_batches", getattr(optimizer, "num_micro_batches", 1)),
         ("the modules' training or evaluation mode", [module.training for module in model.modules()]),
     ]
+
+
+def _ascents(optimizer: SAM) -> list[Any]:
+    keys = [optimizer._names[name] for name in ("perturb", "adaptive", "eta", "weight_decay_in_ascent")]
+    control = optimizer._control
+    return [control.p, control.normalize, *([group[key] for key in keys] for group in optimizer.base_optimizer.param_groups)]
 
 
 def _refuse_new_buffers(model: nn.Module, before: list[Tensor]) -> None:
@@ -317,6 +322,11 @@ def _obstacles(model: nn.Module, optimizer: SAM, device: torch.device) -> list[t
             "see python -m sam_fused.info for why the kernels are missing",
         ),
         (bool(hooks), "step hooks, which would run at the capture alone", "call them beside the replay"),
+        (
+            control.p != 2 or any(own.is_written for own in map(optimizer._ascent.own_group, base.param_groups)),
+            "a perturbation with eta, a layerwise T, p = inf or a weight decay in the ascent, which the host writes out",
+            "use the definitions that the kernels form",
+        ),
         (control.same_dropout, "same_dropout, which sets the generators from the host", "leave it out"),
         (control.track_perturbation, "track_perturbation, which allocates for looking", "leave it out"),
         (

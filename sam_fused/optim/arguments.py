@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable
 from numbers import Real
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sam_fused.ops.dtypes import SUPPORTED, SUPPORTED_NAMES
+from sam_fused.ops.functional import inverse_scale
 
 from . import groups
 
@@ -93,7 +95,14 @@ def own_values(kwargs: dict[str, Any], names: dict[str, str], params: Any, base_
 NOT_GIVEN: Any = object()
 
 # SAM's settings that no group holds, as they are when nothing is said.
-_NO_SETTINGS = {"max_grad_norm": NOT_GIVEN, "model": None, "same_dropout": False, "capturable": False}
+_NO_SETTINGS = {
+    "p": 2,
+    "normalize": True,
+    "max_grad_norm": NOT_GIVEN,
+    "model": None,
+    "same_dropout": False,
+    "capturable": False,
+}
 
 
 def own_settings(kwargs: dict[str, Any], settings: dict[str, Any], base_keys: set[str]) -> dict[str, Any]:
@@ -120,6 +129,29 @@ def check_limit(value: Any) -> None:
         is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not float(value) > 0:
         raise ValueError(f"max_grad_norm: expected a number above 0 or None, got {value!r}: use for example 1.0.")
+
+
+def check_norm(p: Any, normalize: Any) -> None:
+    """Refuses a perturbation that is none of those there are."""
+    if isinstance(p, bool) or not isinstance(p, Real) or p not in (2, math.inf):
+        raise ValueError(f"p: expected 2 or math.inf, the norm that bounds the perturbation, got {p!r}: use 2.")
+    if not isinstance(normalize, bool):
+        raise ValueError(f"normalize: expected True or False, got {normalize!r}: False is e = rho g.")
+    if p != 2 and not normalize:
+        raise ValueError(
+            "normalize: expected True with p=inf because signs have no length to divide by, got False: leave one of them out."
+        )
+
+
+def inverse_of(grad_scale: float | Tensor | None) -> Tensor | None:
+    """A loss scale as what gradients are multiplied with. What is on a device is not looked at: that would be waited for."""
+    if grad_scale is None:
+        return None
+    known = not isinstance(grad_scale, Tensor) or grad_scale.is_cpu
+    is_number = grad_scale.numel() == 1 if isinstance(grad_scale, Tensor) else isinstance(grad_scale, Real)
+    if not is_number or isinstance(grad_scale, bool) or (known and not 0 < float(grad_scale) < math.inf):
+        raise ValueError(f"grad_scale: expected a finite number above 0, got {grad_scale!r}: pass scaler.get_scale().")
+    return inverse_scale(grad_scale.detach() if isinstance(grad_scale, Tensor) else torch.tensor(float(grad_scale)))
 
 
 def check_params(params: Iterable[Tensor]) -> None:

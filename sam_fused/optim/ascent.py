@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import count, repeat
 from operator import attrgetter, is_, is_not
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sam_fused.ops import backends
-from sam_fused.ops.checks import refuse_shared_memory
+from sam_fused.ops.checks import check_lists, refuse_shared_memory
+from sam_fused.ops.directions import ELEMENTWISE, Directions, one_where_it_moves
+from sam_fused.ops.dtypes import arithmetic_dtype
 from sam_fused.ops.fingerprint import PLAIN_TYPES
 from sam_fused.ops.functional import combined_norm, count_not_finite_
 from sam_fused.ops.hyper import HyperTable, number
@@ -20,6 +22,7 @@ from sam_fused.ops.prepared import Gradients, TensorSet
 
 from . import groups
 from .buffers import FlatBuffers
+from .definitions import scaling_of
 from .state import Control
 
 _serials = count()
@@ -29,11 +32,32 @@ _version_of = attrgetter("_version")
 _REMEMBERED = 8
 
 
+class OwnGroup(NamedTuple):
+    """What a parameter group says of its ascent, but for rho and perturb_eps, which kernels read from a table."""
+
+    size: int
+    perturb: bool
+    adaptive: bool | str
+    eta: float
+    decay: float  # what of the weights is added to the gradient; the sign is the gradient's as it was computed
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the kernels do not form its direction themselves."""
+        scaled = self.adaptive == "layerwise" or (bool(self.adaptive) and self.eta != 0)
+        return self.perturb and (scaled or self.decay != 0)
+
+    def shape(self) -> tuple[Any, ...]:
+        """What parts are built by: a value that only scales may change without a new part."""
+        return self.size, self.perturb, self.adaptive, self.eta != 0, self.decay != 0
+
+
 class Part:
     """The tensors of an ascent on one device: their set and their places in the list of all parameters."""
 
-    def __init__(self, tensors: TensorSet, indices: list[int], total: int) -> None:
+    def __init__(self, tensors: TensorSet, indices: list[int], total: int, directions: Directions | None = None) -> None:
         self.tensors = tensors
+        self.directions = directions  # where the kernels do not form the direction themselves
         self.indices = indices
         self.serial = next(_serials)  # tells parts apart for as long as the process lives, which an id() does not
         self._clean: list[int] | None = None
@@ -46,6 +70,20 @@ class Part:
     def pick(self, entries: list[Any]) -> list[Any]:
         return entries if self._all else [entries[index] for index in self.indices]
 
+    def direction(self, grads: list[Any], own_groups: list[OwnGroup], inv_scale: Tensor | None) -> Gradients:
+        """What the norm is taken of, and then, ``finish_direction`` called, what the weights are perturbed along."""
+        chosen = self.pick(grads)
+        if self.directions is None:
+            return self.tensors.checked(chosen)
+        check_lists(self.tensors.params, grads=chosen)
+        etas = [own_groups[group].eta for group in self.tensors.groups]
+        decays = [own_groups[group].decay for group in self.tensors.groups]
+        return self.tensors.checked(self.directions.write(chosen, etas, decays, inv_scale))
+
+    def finish_direction(self, signs: bool) -> None:
+        if self.directions is not None:
+            self.directions.finish(signs)
+
     def note_clean(self) -> None:
         """The weights have just been restored: their backups are good until somebody writes into the weights."""
         self._clean = list(map(_version_of, self.tensors.params))
@@ -56,6 +94,13 @@ class Part:
     def backups_are_good(self) -> bool:
         """Whether the weights are what they were when ``note_clean`` was called."""
         return self._clean is not None and self._clean == list(map(_version_of, self.tensors.params))
+
+
+def _seen(value: Any) -> Any:
+    """What is compared of a group's value: a tensor on a device by its identity, since its value would be waited for."""
+    if not isinstance(value, Tensor):
+        return value
+    return number(value) if value.is_cpu else id(value)
 
 
 def backend_for(param: Tensor, forced: str | None) -> str:
@@ -82,6 +127,8 @@ class Ascent:
         self._control = control
         self._names = names
         self._buffers = FlatBuffers()
+        self._directions = FlatBuffers(arithmetic_dtype)
+        self._scales = FlatBuffers(arithmetic_dtype)
         self._hyper = HyperTable()
         self._checked: list[list[Any]] = []
         self._known: dict[Any, list[Part]] = {}
@@ -96,29 +143,39 @@ class Ascent:
         *,
         capturable: bool = False,
         same_step: bool = False,
+        inv_scale: Tensor | None = None,
     ) -> None:
         """One norm over all parts, then every part to ``w + e``. If anything is thrown, no weight has moved.
 
-        ``same_step``: backups written by an earlier micro-batch of this step serve again.
+        ``same_step``: backups written by an earlier micro-batch of this step serve again. ``inv_scale``: of the gradients'
+        loss scale, for what depends on their size.
         """
-        names = self._names
+        control = self._control
         if not same_step:
             for known in self._known.values():
                 for part in known:
                     part.forget_clean()
-        flags = tuple((len(g["params"]), g[names["perturb"]], g[names["adaptive"]]) for g in param_groups)
-        self.parts = self._parts(param_groups, params, grads, flags)
+        self._check_groups(param_groups)
+        own_groups = list(map(self.own_group, param_groups))
+        self.parts = self._parts(param_groups, params, grads, own_groups)
         if not self.parts:
             return
         hyper = self._update_hyper(param_groups, capturable)
-        picked = [part.tensors.checked(part.pick(grads)) for part in self.parts]
+        picked = [part.direction(grads, own_groups, inv_scale) for part in self.parts]
         norm = self._norm(picked)
+        if control.p != 2 or not control.normalize:
+            norm = one_where_it_moves(norm)
+        for part in self.parts:
+            part.finish_direction(control.p != 2)
         tables = [hyper.on(part.device, compiled=backends.is_compiled(part.tensors.backend)) for part in self.parts]
         try:
             for part, chosen, table in zip(self.parts, picked, tables, strict=True):
                 here = norm if norm.device == part.device else norm.to(part.device)
-                part.tensors.perturb_(chosen, here, table, backup_exists=same_step and part.backups_are_good())
-            if self._control.track_perturbation:
+                # What was written out is without the scale already, and a norm has the gradients' scale.
+                inverse = None if control.normalize or inv_scale is None or part.directions else inv_scale.to(part.device)
+                exists = same_step and part.backups_are_good()
+                part.tensors.perturb_(chosen, here, table, inv_scale=inverse, backup_exists=exists)
+            if control.track_perturbation:
                 self._measure(picked)
         except BaseException:
             self.restore()
@@ -127,19 +184,40 @@ class Ascent:
     def _update_hyper(self, param_groups: list[dict[str, Any]], capturable: bool) -> HyperTable:
         names = self._names
         rows = [[number(g[names["rho"]]), number(g[names["perturb_eps"]])] for g in param_groups]
-        seen = [[id(value) if isinstance(value, Tensor) else value for value in row] for row in rows]
-        if seen != self._checked:
-            for index, group in enumerate(param_groups):
-                groups.check_group(group, names, index)
-            self._checked = seen
+        divides = self._control.normalize and self._control.p == 2
         # Maximizing a function is minimizing its negative, whose gradient is the negative: so is its ascent.
         return self._hyper.update(
-            [[-rho if g.get("maximize") else rho, eps] for (rho, eps), g in zip(rows, param_groups, strict=True)],
+            [
+                [-rho if g.get("maximize") else rho, eps if divides else 0.0]
+                for (rho, eps), g in zip(rows, param_groups, strict=True)
+            ],
             capturable,
         )
 
+    def _check_groups(self, param_groups: list[dict[str, Any]]) -> None:
+        """Groups are anybody's to edit: what differs from what was checked last is checked."""
+        seen = [[_seen(group.get(key)) for key in self._names.values()] for group in param_groups]
+        if seen != self._checked:
+            for index, group in enumerate(param_groups):
+                groups.check_group(group, self._names, index)
+            self._checked = seen
+
+    def own_group(self, group: dict[str, Any]) -> OwnGroup:
+        names, decay = self._names, 0.0
+        if group[names["weight_decay_in_ascent"]]:
+            decay = float(number(group["weight_decay"]))
+            if group.get("maximize"):  # the gradient is of what is maximized, the decay of what is minimized
+                decay = -decay
+        return OwnGroup(len(group["params"]), group[names["perturb"]], group[names["adaptive"]], group[names["eta"]], decay)
+
+    def needs_scale(self, param_groups: list[dict[str, Any]]) -> bool:
+        """Whether a perturbation depends on the size of the gradients."""
+        groups_that_move = [own for own in map(self.own_group, param_groups) if own.perturb]
+        return bool(groups_that_move) and (not self._control.normalize or any(own.decay for own in groups_that_move))
+
     def refresh_hyper(self, param_groups: list[dict[str, Any]]) -> None:
         """Hyper-parameters that have changed, into the tables that captured graphs read."""
+        self._check_groups(param_groups)
         self._update_hyper(param_groups, True).refresh()
 
     def _norm(self, picked: list[Gradients]) -> Tensor:
@@ -214,46 +292,64 @@ class Ascent:
         param_groups: list[dict[str, Any]],
         params: list[Tensor],
         grads: list[Tensor | None],
-        flags: tuple[Any, ...],
+        own_groups: list[OwnGroup],
     ) -> list[Part]:
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             self._known.clear()
             self._params = list(params)
-            self._buffers.keep(params)
+            for buffers in (self._buffers, self._directions, self._scales):
+                buffers.keep(params)
         complete = all(map(is_not, grads, repeat(None)))
-        key = (flags, None if complete else tuple(grad is None for grad in grads))
+        shapes = tuple(own.shape() for own in own_groups)
+        key = (shapes, self._control.p, None if complete else tuple(grad is None for grad in grads))
         parts = self._known.get(key)
         if parts is None or not all(part.tensors.is_current() for part in parts):
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
-            parts = self._known[key] = self._build(params, grads, flags)
+            parts = self._known[key] = self._build(param_groups, params, grads, own_groups)
         return parts
 
-    def _build(self, params: list[Tensor], grads: list[Tensor | None], flags: tuple[Any, ...]) -> list[Part]:
+    def _build(
+        self,
+        param_groups: list[dict[str, Any]],
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        own_groups: list[OwnGroup],
+    ) -> list[Part]:
         group_of: list[int] = []
-        for group, (members_count, _, _) in enumerate(flags):
-            group_of += [group] * members_count
-        indices = [i for i, grad in enumerate(grads) if grad is not None and flags[group_of[i]][1]]
+        scaling: list[int] = []
+        for index, (group, own) in enumerate(zip(param_groups, own_groups, strict=True)):
+            group_of += [index] * own.size
+            scaling += scaling_of(group, own.adaptive, self._control.model) if own.perturb else [0] * own.size
+        indices = [i for i, grad in enumerate(grads) if grad is not None and own_groups[group_of[i]].perturb]
         refuse_shared_memory([params[i] for i in indices])
+        written = self._control.p != 2 or any(own.is_written for own in own_groups)
         parts = []
         for (_, backend), chosen in partition(params, indices, self._control.backend).items():
-            members = [params[i] for i in chosen]
+            members, kinds = [params[i] for i in chosen], [scaling[i] for i in chosen]
             tensors = TensorSet(
                 members,
                 self._buffers.views(members),
                 backend=backend,
                 groups=[group_of[i] for i in chosen],
-                scaling=[int(flags[group_of[i]][2]) for i in chosen],
+                scaling=[] if written else kinds,
+                grad_dtypes=[arithmetic_dtype(p.dtype) for p in members] if written else (),
             )
-            parts.append(Part(tensors, chosen, len(params)))
+            directions = self._direct(members, kinds) if written else None
+            parts.append(Part(tensors, chosen, len(params), directions))
         return parts
+
+    def _direct(self, members: list[Tensor], kinds: list[int]) -> Directions:
+        elementwise = [param for param, kind in zip(members, kinds, strict=True) if kind == ELEMENTWISE]
+        return Directions(members, kinds, self._directions.views(members), self._scales.views(elementwise))
 
     @property
     def buffer_bytes(self) -> int:
-        return self._buffers.nbytes
+        return self._buffers.nbytes + self._directions.nbytes + self._scales.nbytes
 
     def release(self) -> None:
         self.parts = []
         self._known.clear()
         self._params = []
-        self._buffers.release()
+        for buffers in (self._buffers, self._directions, self._scales):
+            buffers.release()

@@ -9,8 +9,17 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .definitions import DEFINITIONS
+
 # What SAM keeps in each parameter group, with its default.
-DEFAULTS: dict[str, Any] = {"rho": 0.05, "adaptive": False, "perturb": True, "perturb_eps": 1e-12}
+DEFAULTS: dict[str, Any] = {
+    "rho": 0.05,
+    "adaptive": False,
+    "perturb": True,
+    "perturb_eps": 1e-12,
+    "eta": 0.0,
+    "weight_decay_in_ascent": False,
+}
 
 PREFIX = "sam_"
 
@@ -40,13 +49,31 @@ def check_group(group: dict[str, Any], names: dict[str, str], index: int) -> Non
                 f"{names[name]} of parameter group {index}: expected a finite number >= 0, got {value!r}: "
                 f"use for example {DEFAULTS[name]}."
             )
-    for name in ("adaptive", "perturb"):
-        value = group[names[name]]
-        if not isinstance(value, bool):
+    eta = group[names["eta"]]
+    if isinstance(eta, bool) or not isinstance(eta, Real) or not math.isfinite(eta) or eta < 0:
+        raise ValueError(
+            f"{names['eta']} of parameter group {index}: expected a finite number >= 0, got {eta!r}: use 0, or 0.01 as the "
+            "authors of ASAM do."
+        )
+    adaptive = group[names["adaptive"]]
+    if not isinstance(adaptive, bool) and adaptive not in DEFINITIONS:
+        raise ValueError(
+            f"{names['adaptive']} of parameter group {index}: expected True, False or one of {', '.join(DEFINITIONS)}, got "
+            f"{adaptive!r}: True is 'all', T = |w| on all parameters."
+        )
+    for name, meaning in (
+        ("perturb", "False leaves a group out of the ascent"),
+        ("weight_decay_in_ascent", "True perturbs along the gradient of the loss with the base optimizer's weight decay in it"),
+    ):
+        if not isinstance(group[names[name]], bool):
             raise ValueError(
-                f"{names[name]} of parameter group {index}: expected True or False, got {value!r}: "
-                "adaptive=True is ASAM on all parameters, perturb=False leaves a group out of the ascent."
+                f"{names[name]} of parameter group {index}: expected True or False, got {group[names[name]]!r}: {meaning}."
             )
+    if group[names["weight_decay_in_ascent"]] and "weight_decay" not in group:
+        raise ValueError(
+            f"{names['weight_decay_in_ascent']} of parameter group {index}: expected a base optimizer with weight_decay, got "
+            "one without: leave it out, or add the decay to the loss."
+        )
 
 
 def fill(base: Optimizer, names: dict[str, str], values: dict[str, Any], since: int = 0) -> None:

@@ -68,7 +68,7 @@ class MicroBatchSAM(SAM):
         params: Iterable[Any] | Optimizer,
         base_optimizer: type[Optimizer] | None = None,
         rho: float = groups.DEFAULTS["rho"],
-        adaptive: bool = groups.DEFAULTS["adaptive"],
+        adaptive: bool | str = groups.DEFAULTS["adaptive"],
         *,
         num_micro_batches: int,
         **kwargs: Any,
@@ -95,19 +95,25 @@ class MicroBatchSAM(SAM):
     # ---- the forms of a step -----------------------------------------------------------------------------------------
 
     def step(  # type: ignore[override]
-        self, closure: Callable[..., Any] | None = None, *batch: Any, first_pass_done: bool = False
+        self,
+        closure: Callable[..., Any] | None = None,
+        *batch: Any,
+        ascent_closure: Callable[..., Any] | None = None,
+        first_pass_done: bool = False,
     ) -> Any:
         """Takes a step.
 
         With a closure: cuts the tensors of ``batch`` along their first dimension, in nested containers too, and for each
         micro-batch clears the gradients, calls ``closure(*micro_batch)`` (forward, backward, return the mean loss), perturbs,
         clears, calls it again, restores and adds up; the last micro-batch's restore is the base step. Gradients are None
-        afterwards. Without a closure: the base step, after ``micro_batch`` blocks whose weights sum to 1.
+        afterwards. Without a closure: the base step, after ``micro_batch`` blocks whose weights sum to 1. An
+        ``ascent_closure`` is called on each micro-batch in the first pass instead, as in ``SAM.step``.
 
         With one micro-batch it takes what ``SAM.step`` takes, too: a closure without a batch, and ``first_pass_done``.
 
         Returns:
-            The batch's clean loss, the weighted mean of the micro-batches', detached, on its device; None without a closure.
+            The batch's clean loss, the weighted mean of the micro-batches', detached, on its device; with ``ascent_closure``
+            the mean of the closure's own losses; None without a closure.
 
         Raises:
             RuntimeError: not possible in the present state; a gradient is there that the first pass would drop; the closure
@@ -122,9 +128,10 @@ class MicroBatchSAM(SAM):
                         "step(closure, *batch): expected a closure for the batch, got None: pass what runs forward and "
                         "backward on a micro-batch, or step() alone after micro_batch() blocks."
                     )
-                return self._take_step(None)
+                return self._take_step(None, ascent_closure)
             if self._control.num_micro_batches == 1 and (first_pass_done or not batch):
-                return self._take_step(partial(closure, *batch), first_pass_done)
+                ascent = None if ascent_closure is None else partial(ascent_closure, *batch)
+                return self._take_step(partial(closure, *batch), ascent, first_pass_done)
             if first_pass_done:
                 raise RuntimeError(
                     f"step(closure, first_pass_done=True): expected one micro-batch, got {self._control.num_micro_batches}, "
@@ -135,19 +142,25 @@ class MicroBatchSAM(SAM):
             self._refuse_a_batch_between_passes()
             pieces = batches.micro_batches(batch, self._control.num_micro_batches)
             self._refuse_fresh_gradients()
-            return self._step_over(closure, pieces)
+            return self._step_over(closure, ascent_closure, pieces)
 
-    def _step_over(self, closure: Callable[..., Any], pieces: list[tuple[tuple[Any, ...], int]]) -> Any:
+    def _step_over(
+        self,
+        closure: Callable[..., Any],
+        ascent_closure: Callable[..., Any] | None,
+        pieces: list[tuple[tuple[Any, ...], int]],
+    ) -> Any:
         sizes = [size for _, size in pieces]
         samples = sum(sizes)
         clean_losses, perturbed_losses = [], []
+        first = closure if ascent_closure is None or not self._control.enabled else ascent_closure
         try:
             for number, (arguments, size) in enumerate(pieces):
                 weight = size / samples
                 self._clear_gradients()
                 if self._control.same_dropout:
                     self.remember_randomness()
-                clean_losses.append(self._pass(closure, arguments))
+                clean_losses.append(self._pass(first, arguments))
                 perturbed = self._perturbed_until_error(same_step=number > 0) if self._control.enabled else nullcontext()
                 with perturbed:
                     if self._control.enabled:
@@ -162,7 +175,11 @@ class MicroBatchSAM(SAM):
             self._give_up()
             self._clear_gradients()  # half a batch's: nobody's to keep
             raise
-        return self._note_losses(clean_losses, perturbed_losses, [size / samples for size in sizes])
+        weights = [size / samples for size in sizes]
+        if first is not closure:
+            self._control.perturbed_loss = mean_loss(perturbed_losses, weights)
+            return self._control.perturbed_loss
+        return self._note_losses(clean_losses, perturbed_losses, weights)
 
     @not_traced
     def _note_losses(self, clean_losses: list[Any], perturbed_losses: list[Any], weights: list[float]) -> Any:
@@ -190,7 +207,7 @@ class MicroBatchSAM(SAM):
         return detached(loss)
 
     @contextmanager
-    def micro_batch(self, weight: float | None = None) -> Iterator[None]:
+    def micro_batch(self, weight: float | None = None, *, grad_scale: float | Tensor | None = None) -> Iterator[None]:
         """The second pass of one micro-batch by hand: on entry the weights move to ``w + e`` along the gradients that are
         there, which become None; on the way out the weights are restored bit for bit and ``weight`` times the gradient is added
         up. Gradients are None afterwards. When the weights of all micro-batches sum to 1, ``.grad`` is the step's gradient:
@@ -201,6 +218,7 @@ class MicroBatchSAM(SAM):
         Args:
             weight: the micro-batch's share of the batch, ``|S_k| / |B|``, for the mean loss of each; default
                 ``1 / num_micro_batches``.
+            grad_scale: as for ``SAM.perturbed``.
 
         Raises:
             RuntimeError: the weights are perturbed already; all micro-batches have been run and ``step()`` was not called.
@@ -210,7 +228,7 @@ class MicroBatchSAM(SAM):
         self._control.require(Move.MICRO_BATCH)
         self._check_weight(weight)
         try:
-            with self._perturbed_until_error(same_step=self._accumulation.count > 0):
+            with self._perturbed_until_error(same_step=self._accumulation.count > 0, grad_scale=grad_scale):
                 self._control.gradients.begin_second_pass([])
                 yield
                 if not self._has_gradients():
@@ -228,23 +246,23 @@ class MicroBatchSAM(SAM):
             self._give_up()
             raise
 
-    def perturbed(self) -> Any:
+    def perturbed(self, *, grad_scale: float | Tensor | None = None) -> Any:
         """SAM's second pass over a whole batch; only with ``num_micro_batches=1``, where it is ``micro_batch``'s.
 
         Raises:
             RuntimeError: there are several micro-batches.
         """
         self._refuse_whole_batches("perturbed()")
-        return super().perturbed()
+        return super().perturbed(grad_scale=grad_scale)
 
-    def first_step(self, zero_grad: bool = False) -> None:
+    def first_step(self, zero_grad: bool = False, *, grad_scale: float | Tensor | None = None) -> None:
         """``SAM.first_step``; only with ``num_micro_batches=1``.
 
         Raises:
             RuntimeError: there are several micro-batches.
         """
         self._refuse_whole_batches("first_step()")
-        super().first_step(zero_grad)
+        super().first_step(zero_grad, grad_scale=grad_scale)
 
     # ---- the moves ---------------------------------------------------------------------------------------------------
 

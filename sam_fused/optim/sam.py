@@ -21,8 +21,19 @@ from sam_fused.ops.metrics import PerturbationMetrics
 from sam_fused.randomness import Randomness
 
 from . import groups
-from .arguments import NOT_GIVEN, check_limit, check_params, keys_of, own_settings, own_values, refuse_hidden
+from .arguments import (
+    NOT_GIVEN,
+    check_limit,
+    check_norm,
+    check_params,
+    inverse_of,
+    keys_of,
+    own_settings,
+    own_values,
+    refuse_hidden,
+)
 from .closures import Losses, detached, evaluate
+from .definitions import scaling_of
 from .descent import Final, is_capturable
 from .state import Control, Move, State
 from .wrapper import Wrapper
@@ -43,9 +54,9 @@ class SAM(Wrapper):
         w \leftarrow \mathrm{base}(w, \nabla L(w + e))
 
     ``g`` is the gradient at the clean weights; the norm is one norm over the perturbed parameters of all groups. The weights
-    are restored bit for bit. With ``adaptive=True``, :math:`e = \rho \, T^2 g / (\lVert T g \rVert + \epsilon)` with
-    :math:`T = |w|` on all parameters (ASAM [2102.11600] with eta = 0, as in the popular class). With a base that maximizes, e
-    points downhill.
+    are restored bit for bit. With ``adaptive``, :math:`e = \rho \, T^2 g / (\lVert T g \rVert + \epsilon)` (ASAM
+    [2102.11600]); T is :math:`|w|` on all parameters for True, as in the popular class. With a base that maximizes, e points
+    downhill.
 
     Example:
         >>> model = torch.nn.Linear(3, 1)
@@ -61,8 +72,17 @@ class SAM(Wrapper):
         params: what ``torch.optim`` optimizers take; or a base optimizer, ``SAM(optimizer, rho=0.05)``.
         base_optimizer: the base optimizer's class; left out when an optimizer is given.
         rho: the radius of the perturbation, >= 0. Per group: the key ``rho``. 0 is the base optimizer.
-        adaptive: ASAM. Per group: the key ``adaptive``.
-        perturb: False leaves a group out of the perturbation and out of the norm. Per group: the key ``perturb``.
+        adaptive: ASAM's T by its definition: ``"all"``, ``|w| + eta`` for every tensor (what True means); ``"weights"``, the
+            same for tensors called weight and 1 for all others, as in the authors' class, for which the names have to be
+            known: pass ``model.named_parameters()``, or ``model``; ``"layerwise"``, a tensor's norm ``||w||``, as in SAM-ON
+            [2306.04226]. Per group: the key ``adaptive``.
+        perturb: False leaves a group out of the perturbation, out of the norm and out of the backups; with the groups of
+            ``norm_parameters(model)`` that is SAM-ON [2306.04226]. Per group: the key ``perturb``.
+        eta: added to ``|w|``, >= 0; only with 0 is ASAM invariant to rescaling. Per group: the key ``eta``.
+        weight_decay_in_ascent: perturb along ``g + weight_decay w``, the gradient of the loss that the base optimizer's coupled
+            weight decay stands for, as the authors of SAM do. Per group: a key of this name.
+        p: the norm that bounds the perturbation: 2, or ``math.inf`` for ``e = rho sign(g)``, ``rho T sign(g)`` if adaptive.
+        normalize: False is ``e = rho g``, ``rho T^2 g`` if adaptive, as in much of the theory [2206.06232].
         perturb_eps: added to the norm. Per group: the key ``perturb_eps``. Never ``eps``, which is the base optimizer's.
         max_grad_norm: clips the norm of the step's gradient, over the parameters of all groups, as
             ``torch.nn.utils.clip_grad_norm_`` before the base step would: the factor is applied inside the last pass, and
@@ -105,10 +125,14 @@ class SAM(Wrapper):
         params: Iterable[Any] | Optimizer,
         base_optimizer: type[Optimizer] | None = None,
         rho: float = groups.DEFAULTS["rho"],
-        adaptive: bool = groups.DEFAULTS["adaptive"],
+        adaptive: bool | str = groups.DEFAULTS["adaptive"],
         *,
         perturb: bool = groups.DEFAULTS["perturb"],
         perturb_eps: float = groups.DEFAULTS["perturb_eps"],
+        eta: float = groups.DEFAULTS["eta"],
+        weight_decay_in_ascent: bool = groups.DEFAULTS["weight_decay_in_ascent"],
+        p: float = 2,
+        normalize: bool = True,
         max_grad_norm: float | Tensor | None = NOT_GIVEN,
         model: nn.Module | None = None,
         same_dropout: bool = False,
@@ -122,9 +146,23 @@ class SAM(Wrapper):
         base_keys = keys_of(params, base_optimizer)
         backends.check_name(backend)
         names = groups.key_names(base_keys)
-        own = {"max_grad_norm": max_grad_norm, "model": model, "same_dropout": same_dropout, "capturable": capturable}
+        own = {
+            "p": p,
+            "normalize": normalize,
+            "max_grad_norm": max_grad_norm,
+            "model": model,
+            "same_dropout": same_dropout,
+            "capturable": capturable,
+        }
         settings: dict[str, Any] = own_settings(kwargs, own, base_keys)
-        given = {"rho": rho, "adaptive": adaptive, "perturb": perturb, "perturb_eps": perturb_eps}
+        given = {
+            "rho": rho,
+            "adaptive": adaptive,
+            "perturb": perturb,
+            "perturb_eps": perturb_eps,
+            "eta": eta,
+            "weight_decay_in_ascent": weight_decay_in_ascent,
+        }
         # By identity: a base optimizer that has such a keyword itself must see that it was given, whatever its value.
         kwargs |= {name: value for name, value in given.items() if value is not groups.DEFAULTS[name]}
         asked = [name for name in names if name in kwargs]
@@ -143,7 +181,10 @@ class SAM(Wrapper):
             check_params(group["params"])
         names = refuse_hidden(base, names, {name: value for name, value in values.items() if name in asked})
         check_limit(settings["max_grad_norm"])
+        check_norm(settings["p"], settings["normalize"])
         groups.fill(base, names, values)
+        for group in base.param_groups:
+            scaling_of(group, group[names["adaptive"]], settings["model"])
         self._attach(base, names, values, Control(backend=backend, track_perturbation=track_perturbation, **settings))
 
     # ---- settings and readings ---------------------------------------------------------------------------------------
@@ -188,7 +229,13 @@ class SAM(Wrapper):
 
     # ---- the forms of a step -----------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None, *, first_pass_done: bool = False) -> Any:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        ascent_closure: Callable[[], Any] | None = None,
+        first_pass_done: bool = False,
+    ) -> Any:
         """Takes a step.
 
         With a closure (forward, backward, return the loss): clears the gradients, calls it, perturbs, clears, calls it again,
@@ -196,21 +243,32 @@ class SAM(Wrapper):
 
         Args:
             closure: re-evaluates the model; called twice, once while ``enabled`` is False.
+            ascent_closure: called in the first pass instead, so that the weights are perturbed along another loss (Bi-SAM's
+                [2407.12993] is ``sam_fused.bisam_ascent_loss``) or another batch. Not called while ``enabled`` is False.
             first_pass_done: the gradients of the first pass are already there; the closure is called once.
 
         Returns:
-            The clean loss; with ``first_pass_done`` the closure's loss; None without a closure.
+            The clean loss; the closure's own where it is not called at the clean weights, with ``ascent_closure`` or
+            ``first_pass_done``; None without a closure.
 
         Raises:
             RuntimeError: not possible in the present state; or a gradient is there that the first pass would drop; or the
                 closure came through ``GradScaler.step``. The weights are clean then, and nothing was changed.
         """
         with self._scale_of_this_step():
-            return self._take_step(closure, first_pass_done)
+            return self._take_step(closure, ascent_closure, first_pass_done)
 
-    def _take_step(self, closure: Callable[[], Any] | None, first_pass_done: bool = False) -> Any:
+    def _take_step(
+        self,
+        closure: Callable[[], Any] | None,
+        ascent_closure: Callable[[], Any] | None = None,
+        first_pass_done: bool = False,
+    ) -> Any:
         """``step``, which torch has wrapped into hooks and a profiler's range: those are for one call of it."""
-        return self._step_without_closure() if closure is None else self._step_with_closure(closure, first_pass_done)
+        self._refuse_unused_ascent_closure(closure, ascent_closure, first_pass_done)
+        if closure is None:
+            return self._step_without_closure()
+        return self._step_with_closure(closure, ascent_closure, first_pass_done)
 
     @contextmanager
     def _scale_of_this_step(self) -> Iterator[None]:
@@ -224,7 +282,9 @@ class SAM(Wrapper):
                 self.__dict__.pop(name, None)
             raise
 
-    def _step_with_closure(self, closure: Callable[[], Any], first_pass_done: bool) -> Any:
+    def _step_with_closure(
+        self, closure: Callable[[], Any], ascent_closure: Callable[[], Any] | None, first_pass_done: bool
+    ) -> Any:
         self._refuse_scaled_closure()
         self._control.require(Move.STEP_CLOSURE)
         if self._control.state is State.READY:
@@ -239,9 +299,12 @@ class SAM(Wrapper):
                 self._clear_gradients()
                 if self._control.same_dropout:
                     self.remember_randomness()
-                clean_loss = evaluate(self._control, closure)
+                if ascent_closure is None:
+                    clean_loss = evaluate(self._control, closure)
+                elif self._control.enabled:
+                    evaluate(self._control, ascent_closure)
             if not self._control.enabled:
-                loss = evaluate(self._control, closure) if first_pass_done else clean_loss
+                loss = clean_loss if ascent_closure is None and not first_pass_done else evaluate(self._control, closure)
                 self._base_step()
                 return loss
             with self._perturbed_until_error():
@@ -253,32 +316,42 @@ class SAM(Wrapper):
             raise
         self._control.clean_loss = detached(clean_loss)
         self._control.perturbed_loss = detached(perturbed_loss)
-        return perturbed_loss if first_pass_done else clean_loss
+        return clean_loss if ascent_closure is None and not first_pass_done else perturbed_loss
 
     @contextmanager
-    def perturbed(self) -> Iterator[None]:
+    def perturbed(self, *, grad_scale: float | Tensor | None = None) -> Iterator[None]:
         """The second pass by hand: on entry the weights move to ``w + e`` and the gradients become None; on the way out, also
         by an exception, the weights are restored bit for bit. Then call ``step()``.
 
+        Args:
+            grad_scale: the loss scale that is on the gradients, ``scaler.get_scale()``; needed where e depends on the size of
+                the gradient (``normalize=False``, ``weight_decay_in_ascent``), and of no consequence elsewhere.
+
         Raises:
             RuntimeError: the weights are perturbed already.
+            ValueError: ``grad_scale`` is not a number above 0.
         """
         self._control.require(Move.PERTURBED)
-        with self._perturbed_until_error():
+        with self._perturbed_until_error(grad_scale=grad_scale):
             self._control.gradients.begin_second_pass([])
             yield
             self._ascent.restore()
             self._settle(State.READY)
 
-    def first_step(self, zero_grad: bool = False) -> None:
+    def first_step(self, zero_grad: bool = False, *, grad_scale: float | Tensor | None = None) -> None:
         """Moves the weights to ``w + e``, with the gradients that are there. Then: forward, backward, ``second_step``.
+
+        Args:
+            zero_grad: clears the gradients afterwards.
+            grad_scale: as for ``perturbed``.
 
         Raises:
             RuntimeError: the weights are perturbed already.
+            ValueError: ``grad_scale`` is not a number above 0.
         """
         self._control.require(Move.FIRST_STEP)
         try:
-            self._ascend()
+            self._ascend(grad_scale=grad_scale)
             self._control.state = State.PERTURBED
             self._control.gradients.begin_second_pass([] if zero_grad else list(map(grad_of, self._params())))
         except BaseException:  # an interrupt between the two lines, too
@@ -325,9 +398,10 @@ class SAM(Wrapper):
         self._base_step()
 
     @not_traced
-    def _ascend(self, *, same_step: bool = False) -> None:
+    def _ascend(self, *, same_step: bool = False, grad_scale: float | Tensor | None = None) -> None:
         """Perturbs with the present gradients, and prepares what surrounds the second pass."""
         control = self._control
+        inv_scale = inverse_of(grad_scale)
         control.perturbation = None
         if not control.enabled:
             self._ascent.nothing()
@@ -349,7 +423,9 @@ class SAM(Wrapper):
                 stacklevel=4,
             )
         capturable = is_capturable(control, base)
-        self._ascent.perturb(base.param_groups, params, grads, capturable=capturable, same_step=same_step)
+        groups = base.param_groups
+        self._ascent.perturb(groups, params, grads, capturable=capturable, same_step=same_step, inv_scale=inv_scale)
+        control.scale_unknown = grad_scale is None and self._ascent.needs_scale(groups)
         if control.model is not None:
             if control.statistics is None:
                 control.statistics = RunningStatistics(control.model)
@@ -359,9 +435,9 @@ class SAM(Wrapper):
             control.randomness = None  # the next step has random numbers of its own
 
     @contextmanager
-    def _perturbed_until_error(self, *, same_step: bool = False) -> Iterator[None]:
+    def _perturbed_until_error(self, *, same_step: bool = False, grad_scale: float | Tensor | None = None) -> Iterator[None]:
         try:
-            self._ascend(same_step=same_step)
+            self._ascend(same_step=same_step, grad_scale=grad_scale)
             self._control.state = State.INSIDE
             self._clear_gradients()
             yield
@@ -395,8 +471,10 @@ class SAM(Wrapper):
         scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         if final is None:
             final = Final(list(map(grad_of, params)), grad_scale=scale, found_inf=found_inf)
-        if scale is None and found_inf is not None:
-            self._refuse_unscaled_too_early()
+        if found_inf is not None:
+            self._refuse_unknown_scale()
+            if scale is None:
+                self._refuse_unscaled_too_early()
         self._descent.stepped = False
         try:
             self._descent.step(self.base_optimizer, self._ascent, params, final)
@@ -453,6 +531,22 @@ class SAM(Wrapper):
             raise RuntimeError(
                 "step(): expected the second pass's gradients to be unscaled, got scaler.unscale_(optimizer) before the second "
                 "backward: call unscale_ (and clip) after it, right before scaler.step(optimizer), or not at all."
+            )
+
+    def _refuse_unknown_scale(self) -> None:
+        if self._control.scale_unknown and self._control.state is not State.CLEAN:
+            raise RuntimeError(
+                "step(): expected a perturbation that knew the loss scale, because with normalize=False or "
+                "weight_decay_in_ascent it depends on the size of the gradients, got a GradScaler and none: pass "
+                "grad_scale=scaler.get_scale() to first_step(), perturbed() or micro_batch(), after restore()."
+            )
+
+    def _refuse_unused_ascent_closure(self, closure: Any, ascent_closure: Any, first_pass_done: bool) -> None:
+        if ascent_closure is not None and (closure is None or first_pass_done or self._control.state is State.READY):
+            raise RuntimeError(
+                "step(closure, ascent_closure=...): expected both passes to be run by step, got "
+                f"{'no closure for the second one' if closure is None else 'a first pass that is done'}: leave ascent_closure "
+                "out, or pass both and nothing before."
             )
 
     @not_traced

@@ -94,6 +94,8 @@ _WHERE = {
 
 SETTINGS = (
     "enabled",
+    "p",
+    "normalize",
     "backend",
     "track_perturbation",
     "max_grad_norm",
@@ -110,6 +112,8 @@ class Control:
     optimizer's attributes (Lightning's does) then still share it."""
 
     enabled: bool = True
+    p: float = 2  # the norm that bounds the perturbation
+    normalize: bool = True
     backend: str | None = None
     track_perturbation: bool = False
     max_grad_norm: float | Tensor | None = None
@@ -128,6 +132,7 @@ class Control:
     # What surrounds the second pass: the model's running statistics, the first pass's random numbers.
     statistics: Any = None
     randomness: Any = None
+    scale_unknown: bool = False  # the last ascent depends on the gradients' size, and nobody told their loss scale
     warned: bool = False  # that there was no gradient at all
 
     def settings(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from . import checkpoints, groups
 from .arguments import check_params
 from .ascent import Ascent
+from .definitions import scaling_of
 from .descent import Descent
 from .state import Control, Move, State
 
@@ -68,11 +69,12 @@ class Wrapper(Optimizer):
         self._control.require(Move.ADD_PARAM_GROUP)
         base, known = self.base_optimizer, len(self.base_optimizer.param_groups)
         values = {name: self.defaults[key] for name, key in self._names.items()}
-        candidate = {**{key: values[name] for name, key in self._names.items()}, **param_group}
+        candidate = {**base.defaults, **{key: values[name] for name, key in self._names.items()}, **param_group}
         groups.check_group(candidate, self._names, known)
         base.add_param_group(param_group)
         try:
             check_params(base.param_groups[-1]["params"])
+            scaling_of(base.param_groups[-1], candidate[self._names["adaptive"]], self._control.model)
         except (TypeError, ValueError):
             base.param_groups.pop()
             raise

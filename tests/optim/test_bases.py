@@ -25,7 +25,14 @@ OPTIMIZERS = [
 # What cannot be a base, with a word of the reason.
 REFUSED = {"LBFGS": "closure", "SparseAdam": "sparse"}
 BASES = [value for value in OPTIMIZERS if value.__name__ not in REFUSED]
-OWN = {"rho": 0.05, "adaptive": False, "perturb": True, "perturb_eps": 1e-12}
+OWN = {
+    "rho": 0.05,
+    "adaptive": False,
+    "perturb": True,
+    "perturb_eps": 1e-12,
+    "eta": 0.0,
+    "weight_decay_in_ascent": False,
+}
 
 
 def weights():

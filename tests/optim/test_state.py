@@ -91,7 +91,7 @@ def test_format_is_the_base_optimizers(backend, base):
             assert type(ours["state"][key][name]) is type(value)
             if isinstance(value, torch.Tensor):
                 assert ours["state"][key][name].dtype == value.dtype and ours["state"][key][name].shape == value.shape
-    own = {"rho", "adaptive", "perturb", "perturb_eps"}
+    own = {"rho", "adaptive", "perturb", "perturb_eps", "eta", "weight_decay_in_ascent"}
     assert ours["param_groups"][0].keys() - own == theirs["param_groups"][0].keys()
     assert_same_dict(ours, optimizer.base_optimizer.state_dict())
 
