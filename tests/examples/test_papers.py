@@ -1,0 +1,197 @@
+"""The reproductions run as a user runs them, in short, and bear out what they print; what they measure with is right."""
+
+import importlib
+import json
+import math
+
+import pytest
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+torch = pytest.importorskip("torch")
+
+from tests.examples.running import EXAMPLES, run_example  # noqa: E402
+from tests.optim.test_micro_batch_papers import SignalAndNoise  # noqa: E402
+
+pytestmark = pytest.mark.cpu_only
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a reproduction by its name, as its own folder sees it."""
+    monkeypatch.syspath_prepend(str(EXAMPLES / "papers"))
+    torch.set_num_threads(1)  # as the scripts do
+    return importlib.import_module
+
+
+def smoke(name, folder):
+    """What `--smoke` wrote down; every claim was printed with its verdict, and holds."""
+    run = run_example(f"papers/{name}.py", "--smoke", "--output", str(folder), cwd=folder)
+    assert run.returncode == 0, run.stderr
+    record = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    assert [claim["text"] for claim in record["claims"] if not claim["holds"]] == []
+    assert run.stdout.count("reproduced: ") == len(record["claims"]) > 1
+    assert "not reproduced" not in run.stdout
+    return record["results"]
+
+
+# ---- where SAM ends --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_each_method_ends_at_the_sharpness_it_minimises(tmp_path):
+    """SAM for mSAM, or a perturbation left out, ends somewhere else."""
+    results = smoke("toy_surfaces", tmp_path)
+    runs = {run["method"]: run for run in results["surface"]}
+    assert runs["gradient descent"]["end"] == pytest.approx([0.539, 0.493, 0, 0], abs=1e-3)
+    assert runs["SAM, full batch"]["end"][:2] == pytest.approx([0, 0], abs=1e-3)
+    assert abs(runs["SAM, full batch"]["end"][2]) == pytest.approx(0.025, abs=1e-3)
+    assert runs["mSAM, m = |B|"]["end"][:2] == pytest.approx([0.7892, 0.1338], abs=5e-4)
+    assert runs["SAM, batch of 1"]["tail"][:2] == pytest.approx([0.8, 1 / 7], abs=0.1)
+    assert (tmp_path / "toy_surfaces.png").stat().st_size > 20_000
+
+
+def test_a_quadratic_ends_in_the_papers_cycle(script):
+    toy = script("toy_surfaces")
+    assert toy.cycle_length() == pytest.approx(0.0125, abs=1e-15)
+    paths = [toy.descend_quadratic([0.3, -0.7])]
+    assert all(claim.holds for claim in toy.check_quadratic(paths))
+    half_as_long = [[[x / 2 for x in point] for point in path] for path in paths]
+    assert [claim.holds for claim in toy.check_quadratic(half_as_long)] == [False, True]
+    without_a_flip = [[*path[:-1], [-x for x in path[-1]]] for path in paths]
+    assert [claim.holds for claim in toy.check_quadratic(without_a_flip)] == [True, False]
+
+
+def test_gradient_descent_passes_for_no_kind_of_sam(script, monkeypatch):
+    toy = script("toy_surfaces")
+    monkeypatch.setitem(toy.SETTINGS, "gradient descent", toy.SETTINGS["gradient descent"]._replace(steps=500))
+    run = toy.descend("gradient descent", [0.5, 0.5, 0.3, 0.3], seed=0)
+    claims = toy.check_surface([run._replace(method=method) for method in toy.SETTINGS])
+    assert [claim.holds for claim in claims] == [True, False, False, False, False]
+
+
+def test_the_angle_to_the_top_eigenvector(script):
+    """On the floor's axes the eigenvectors are the axes': along x_3 with F_1 = 8 > F_2 = 6, across it along x_4."""
+    toy = script("toy_surfaces")
+    point = lambda *values: torch.tensor(values, dtype=torch.float64)  # noqa: E731
+    assert toy.misalignment(point(0, 0, 1e-6, 0)) < 1e-15
+    assert toy.misalignment(point(0, 0, 0, 1e-6)) == pytest.approx(1, abs=1e-9)
+    assert toy.misalignment(point(0, 0, 8e-6, 8e-6)) == pytest.approx(1 - 0.8, abs=1e-9)  # the gradient is (8, 6) * 8e-6
+    assert math.isnan(toy.misalignment(point(0, 0, 0, 0)))
+
+
+def test_the_expected_end_tends_to_the_least_trace(script):
+    toy = script("toy_surfaces")
+    assert toy.minimiser_at(lr=1e-9, share=0.5) == pytest.approx(toy.TRACE_MINIMISER, abs=1e-8)
+    assert toy.minimiser_at(lr=0.01, share=0.5) == pytest.approx((0.7886, 0.1345), abs=1e-4)  # rho 0.1 after 1e6 steps
+
+
+# ---- signal and noise ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_sgd_learns_the_noise_and_more_perturbations_more_of_the_signal(tmp_path):
+    """Two seeds. mSAM 5 with the mini-batch's perturbation is SAM, 0.7; without any it is SGD, 0.5."""
+    results = smoke("signal_and_noise", tmp_path)
+    accuracy = {method: [run["accuracy"] for run in results["cell"] if run["method"] == method] for method in COLOURS}
+    assert all(0.42 < value < 0.58 for value in accuracy["SGD"])
+    assert all(0.6 < value < 0.8 for value in accuracy["SAM"])
+    assert all(0.8 < value < 1.0 for value in accuracy["mSAM 5"])
+    sam, sgd = results["matched loss"]["SAM"][:2]
+    assert (sam["method"], sgd["method"]) == ("SAM", "SGD")
+    assert 0 < sgd["loss"] <= sam["loss"] and sgd["epochs"] < 20 and sam["epochs"] == 150
+
+
+COLOURS = ("SGD", "SAM", "mSAM 5")
+
+
+@pytest.mark.parametrize(("method", "micro_batches"), [("SAM", 0), ("mSAM 5", 5)])
+def test_data_and_net_are_those_of_the_optimizers_test(script, method, micro_batches):
+    from torch.optim import SGD
+
+    from sam_fused import SAM, MicroBatchSAM
+
+    task = SignalAndNoise(seed=1, dimension=500, mu=0.5)
+    settings = {"num_micro_batches": micro_batches} if micro_batches else {}
+    task.train((MicroBatchSAM if micro_batches else SAM)([task.w], SGD, lr=0.01, rho=0.03, **settings))
+    run = script("signal_and_noise").train(method, seed=1, dimension=500, strength=0.5)
+    assert run.accuracy == task.accuracy()
+    assert len(run.on_noise) == len(run.on_signal) == 101
+
+
+def test_activations_are_those_of_the_right_patch_and_sign(script):
+    example = script("signal_and_noise")
+    generator = torch.Generator().manual_seed(0)
+    data = example.draw(20, 50, 2.0, 0.0, generator)
+    filters = torch.zeros(2, example.FILTERS, 50)
+    filters[0, :, 0], filters[1, :, 0] = 3.0, -1.0  # both signs' filters along their own signal, and on no noise
+    on_noise, on_signal = example.activations(filters, data)
+    positive = (data.y > 0).double().mean().item()
+    assert on_noise == 0
+    assert on_signal == pytest.approx(2 * (3 * positive + (1 - positive)))
+    assert example.accuracy_of(filters, data) == 1
+
+
+def test_flipped_labels_leave_the_patches_as_they_are(script):
+    example = script("signal_and_noise")
+    clean, flipped = (example.draw(1000, 5, 1.0, flips, torch.Generator().manual_seed(0)) for flips in (0.0, 0.1))
+    assert torch.equal(clean.x, flipped.x) and torch.equal(clean.place, flipped.place)
+    assert (clean.y != flipped.y).double().mean().item() == pytest.approx(0.1, abs=0.03)
+
+
+# ---- diagonal nets ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_one_perturbation_per_example_finds_the_sparser_solution(tmp_path):
+    """Two seeds, 250 steps. Normalised or full-batch perturbations come nowhere near."""
+    results = smoke("diagonal_nets", tmp_path)
+    losses = {method: [] for method in (run["method"] for run in results)}
+    for run in results:
+        losses[run["method"]].append(run["test_loss"])
+    best_full_batch = [min(seed) for seed in zip(*(v for k, v in losses.items() if "full batch" in k), strict=True)]
+    for seed, per_example in enumerate(losses["SAM per example, rho 0.3"]):
+        assert per_example < 0.5 * losses["gradient descent"][seed]
+        assert per_example < 0.5 * best_full_batch[seed]
+
+
+def test_a_step_per_example_is_the_papers(script):
+    """u - lr mean_i grad l_i(u + rho grad_u l_i, v + rho grad_v l_i), by hand; two steps, as v = 0 hides half of the first."""
+    example = script("diagonal_nets")
+    method, (x, y, _) = example.PER_EXAMPLE[-1], example.draw(seed=3)
+    net = torch.nn.Parameter(torch.full((2, example.DIMENSION), 0.1, dtype=torch.float64))
+    u, v = net.detach().clone()
+    step = example.make_step(method, net, x, y)
+    for _ in range(2):
+        step()
+        slope = x * (x @ (u * v) - y)[:, None]  # [example, dimension], of l_i by the product u v
+        near_u, near_v = u + method.rho * slope * v, v + method.rho * slope * u
+        slope = x * ((x * near_u * near_v).sum(dim=1) - y)[:, None]
+        u, v = u - example.LR * (slope * near_v).mean(dim=0), v - example.LR * (slope * near_u).mean(dim=0)
+    torch.testing.assert_close(net.detach(), torch.stack([u, v]), rtol=1e-12, atol=1e-14)
+
+
+def test_the_target_is_sparse_and_the_data_fit_it(script):
+    example = script("diagonal_nets")
+    x, y, target = example.draw(seed=0)
+    assert x.shape == (20, 30) and target.norm().item() == pytest.approx(1) and (target != 0).sum() == 3
+    solution = torch.stack([target, torch.ones_like(target)])
+    assert example.half_squared_error(solution, x, y).item() < 1e-28
+
+
+# ---- error bars and verdicts -----------------------------------------------------------------------------------------
+
+
+def test_standard_errors(script):
+    common = script("common")
+    assert common.summary([1.0, 2.0, 3.0, 4.0], 4) == "2.5000 ± 0.6455"  # sqrt(5 / 3) / 2
+    assert common.standard_errors_above([2.0, 4.0], [1.0, 1.0]) == pytest.approx(2.0)
+    assert common.standard_errors_above([1.0, 1.0], [2.0, 2.0]) == -math.inf
+    assert common.standard_errors_above([1.0, 1.0], [1.0, 1.0]) == 0
+    assert math.isnan(common.standard_error([1.0]))
+
+
+def test_a_claim_that_fails_is_printed_as_such(script, capsys):
+    common = script("common")
+    common.print_claims([common.Claim("up", True, "by 3"), common.Claim("down", False, "by 1")])
+    assert capsys.readouterr().out == "reproduced: up (by 3)\nnot reproduced: down (by 1)\n"
