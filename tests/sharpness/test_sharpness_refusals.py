@@ -48,6 +48,14 @@ def surface(loss=mse_loss, batches=((X, Y),), model=None, **kwargs):
     return LossSurface(model or linear(), loss, batches, **kwargs)
 
 
+def norm_at_zero(outputs, targets):
+    return (outputs - outputs.detach()).sum().sqrt()
+
+
+def kink(outputs, targets):
+    return (outputs - outputs.detach()).sum().abs().pow(1.5)
+
+
 class Exhausted:
     """Iterable, and yields something only once."""
 
@@ -105,6 +113,8 @@ def test_radii(function, rho):
         (lambda: surface(loss=lambda a, b: a.sum() * math.inf).gradient(), ValueError, ["finite"]),
         (lambda: surface(loss=lambda a, b: a.detach().sum()).gradient(), ValueError, ["graph", "detach"]),
         (lambda: surface(loss=lambda a, b: a.detach().sum()).hessian_product(torch.ones(3)), ValueError, ["graph"]),
+        (lambda: ascent_sharpness(surface(loss=norm_at_zero), 0.1), ValueError, ["finite gradient", "'weight'"]),
+        (lambda: hessian_trace(surface(loss=kink)), ValueError, ["finite Hessian product", "'weight'"]),
         # modes and kinds: the known ones are listed
         (lambda: surface(batch_norm="frozen"), ValueError, ["batch_norm", "'eval'", "'train'", "'frozen'"]),
         (lambda: worst_sharpness(surface(), 0.1, starts=["up"]), ValueError, ["starts", "'gradient'", "'eigenvector'", "'up'"]),
@@ -130,6 +140,7 @@ def test_radii(function, rho):
         (lambda: along(surface(), torch.ones(4)), ValueError, ["direction", "[3]", "[4]"]),
         (lambda: along(surface(), [1.0, 2.0, 3.0]), TypeError, ["direction", "list"]),
         (lambda: surface().loss(torch.ones(1, 3)), ValueError, ["offset", "[3]", "[1, 3]"]),
+        (lambda: surface().hessian_product([1.0, 2.0, 3.0]), TypeError, ["vectors", "list"]),
         (lambda: surface().hessian_product(torch.ones(2)), ValueError, ["vectors", "[3]", "[2]"]),
         # checkpoints
         (lambda: between(surface(), "a.pt", "b.pt"), TypeError, ["first", "str"]),

@@ -242,13 +242,12 @@ def test_tensors_in_batches_go_to_the_models_device():
 
 
 def test_offsets_are_added_in_double_precision():
-    """Of half a unit in the last place and a bit more: rounded up, where the two roundings of a float32 sum would not."""
-    weight = 1 + 2**-23
-    offset = 2**-24 + 2**-40
+    """Half a unit in the last place and a bit more is rounded up; in float32 the bit would be lost, and half goes to even."""
     surface = quadratic([2.0], [1.0])
-    surface.model.w.data = torch.tensor([weight], dtype=torch.float32)
+    surface.model.w.data = torch.tensor([1.0], dtype=torch.float32)
     surface.model.function = lambda w: w[0]
-    assert surface.loss(torch.tensor([offset], dtype=torch.float64)) == pytest.approx(weight + 2**-23, abs=1e-12)
+    offset = torch.tensor([2**-24 + 2**-50], dtype=torch.float64)
+    assert surface.loss(offset) == pytest.approx(1 + 2**-23, abs=1e-12)
 
 
 def test_sums_over_batches_are_in_double_precision():
