@@ -114,8 +114,10 @@ def test_data_and_net_are_those_of_the_optimizers_test(script, method, micro_bat
     task = SignalAndNoise(seed=1, dimension=500, mu=0.5)
     settings = {"num_micro_batches": micro_batches} if micro_batches else {}
     task.train((MicroBatchSAM if micro_batches else SAM)([task.w], SGD, lr=0.01, rho=0.03, **settings))
-    run = script("signal_and_noise").train(method, seed=1, dimension=500, strength=0.5)
+    example = script("signal_and_noise")
+    run = example.train(method, seed=1, dimension=500, strength=0.5)
     assert run.accuracy == task.accuracy()
+    assert run.loss == example.loss_of(task.w, example.Data(task.x, task.y, place=None)).item()
     assert len(run.on_noise) == len(run.on_signal) == 101
 
 
