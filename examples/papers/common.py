@@ -89,7 +89,7 @@ def print_claims(claims: Iterable[Claim]) -> None:
     console = Console(highlight=False)
     for claim in claims:
         word = "[green]reproduced[/]" if claim.holds else "[red]not reproduced[/]"
-        console.print(f"{word}: {claim.text} ({claim.margin})")
+        console.print(f"{word}: {claim.text} ({claim.margin})", soft_wrap=True)
 
 
 # ---- what a run leaves behind ----------------------------------------------------------------------------------------
@@ -97,12 +97,15 @@ def print_claims(claims: Iterable[Claim]) -> None:
 
 def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """The first column is text, the others are numbers."""
+    console = Console()
+    if not console.is_terminal:  # a log has no width: nothing need be folded
+        console = Console(width=140)
     table = Table(title=title)
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console.print(table)
 
 
 def save_picture(figure: Figure, output: Path, name: str) -> None:

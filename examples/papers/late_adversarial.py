@@ -3,8 +3,8 @@
     python examples/papers/late_adversarial.py
 
 The paper carries its finding about SAM over to adversarial training: nets that were trained on clean images, and on PGD's
-examples in the last few epochs only, are nearly as robust as nets that were trained on PGD's all along. There is no SAM in this:
-the optimizer is SGD throughout, and what is switched on late is the attack.
+examples in the last few epochs only, are nearly as robust as nets that were trained on PGD's all along. There is no SAM in
+this: the optimizer is SGD throughout, and what is switched on late is the attack.
 
 Digits, pixels from 0 to 1, l_inf attacks of radius 0.1 in 10 steps of 0.02 from a random start. Robust accuracy is against that
 attack, on test images, with noise of its own.
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=60, help="default: %(default)s")
     options = parser.parse_args()
     start = time.perf_counter()
-    seeds, epochs = (1, 32) if options.smoke else (options.seeds, options.epochs)
+    seeds, epochs = (2, 20) if options.smoke else (options.seeds, options.epochs)
     runs = run_jobs([(train, method, seed, epochs) for method in reversed(METHODS) for seed in range(seeds)], "Training")
 
     print_runs(runs)

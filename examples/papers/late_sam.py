@@ -45,7 +45,7 @@ COLOURS = dict(zip(METHODS, ("black", "tab:blue", "tab:green", "tab:orange"), st
 # Of the distance from SGD's top eigenvalue to SAM's.
 LATE_CLOSES, EARLY_CLOSES = 0.75, 0.5
 # A line from SGD's weights leads out of the valley where the loss on it rises above both ends by more than this. SAM all along,
-# which parted from SGD at the first step, is what it looks like to be somewhere else.
+# which parted from SGD at the first step, is what it looks like to be somewhere else, in the mean over seeds.
 SAME_VALLEY = 0.02
 POINTS = 21
 
@@ -130,8 +130,9 @@ def check(runs: list[Run], setting: Setting) -> list[Claim]:
         ),
         Claim(
             f"{setting.task}: switched on late, SAM stays in SGD's valley, where SAM all along is somewhere else",
-            bool(here.max() <= SAME_VALLEY < elsewhere.min()),
-            f"the loss between them rises by at most {here.max():.4f}, to SAM all along by at least {elsewhere.min():.2f}",
+            bool(here.max() <= SAME_VALLEY < elsewhere.mean()),
+            f"the loss between them rises by at most {here.max():.4f}, bound {SAME_VALLEY}, to SAM all along by "
+            f"{summary(elsewhere)}",
         ),
     ]
 
