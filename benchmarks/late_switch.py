@@ -152,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = ["tiny_mlp"] if options.smoke else options.nets
     rounds, seconds = options.rounds or (2 if options.smoke else 11), options.seconds or 300.0
     rows: list[LateRow] = []
+    machine = describe_machine(options.threads)
     with shown_progress(console, len(names), time.perf_counter()) as progress:
         for name in names:
             progress.say(NETS[name].title)
@@ -163,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.output / f"late-switch-{options.threads}threads{'-smoke' if options.smoke else ''}.json"
     report = {
         "run": {"command": " ".join(["python -m benchmarks.late_switch", *command]), "noise": NoiseGuard().describe()},
-        "machine": describe_machine(options.threads),
+        "machine": machine,
         "goal": GOAL,
         "rows": [asdict(row) for row in rows],
     }

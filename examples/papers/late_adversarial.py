@@ -108,14 +108,17 @@ def check(runs: list[Run]) -> list[Claim]:
     ]
 
 
-def print_runs(runs: list[Run]) -> None:
+HEADINGS = ["attacked", "robust accuracy", "clean accuracy", "of the way", "gradients a step"]
+
+
+def table(runs: list[Run]) -> list[list[str]]:
+    """A row for each method."""
     rows = []
     for method, start in METHODS.items():
         share = "" if method in (CLEAN, ALWAYS) else f"{closed(runs, method):.0%}"
         accuracies = (summary(collect(runs, method, name)) for name in ("robust_accuracy", "clean_accuracy"))
         rows.append([method, *accuracies, share, f"{1 + ATTACK_STEPS * (1 - start):.1f}"])
-    title = f"digits, l_inf {RADIUS}, {len(collect(runs, CLEAN))} seeds, mean ± standard error"
-    print_table(title, ["attacked", "robust accuracy", "clean accuracy", "of the way", "gradients a step"], rows)
+    return rows
 
 
 def plot(runs: list[Run]) -> Figure:
@@ -140,7 +143,7 @@ def main() -> None:
     seeds, epochs = (2, 20) if options.smoke else (options.seeds, options.epochs)
     runs = run_jobs([(train, method, seed, epochs) for method in reversed(METHODS) for seed in range(seeds)], "Training")
 
-    print_runs(runs)
+    print_table(f"digits, l_inf {RADIUS}, {seeds} seeds, mean ± standard error", HEADINGS, table(runs))
     claims = check(runs)
     print_claims(claims)
     save_picture(plot(runs), options.output, "late_adversarial")

@@ -159,16 +159,18 @@ def check_errors(runs: list[Run], setting: Setting) -> list[Claim]:
     ]
 
 
-def print_runs(runs: list[Run], setting: Setting) -> None:
+HEADINGS = ["method", "top eigenvalue", "of the way", "test error %", "training loss", "barrier"]
+
+
+def table(runs: list[Run], setting: Setting) -> list[list[str]]:
+    """A row for each method."""
     rows = []
     for method in METHODS:
         share = "" if method in (SGD, SAM) else f"{closed(runs, setting, method):.0%}"
         eigenvalue, test = (summary(collect(runs, setting, method, name), 2) for name in ("eigenvalue", "test_error"))
         barrier = "" if method == SGD else summary(barriers(runs, setting, method), 3)
         rows.append([method, eigenvalue, share, test, summary(collect(runs, setting, method, "train_loss"), 4), barrier])
-    headings = ["method", "top eigenvalue", "of the way", "test error %", "training loss", "barrier"]
-    seeds = len(collect(runs, setting, SGD, "seed"))
-    print_table(f"{setting.label}, {seeds} seeds, mean ± standard error", headings, rows)
+    return rows
 
 
 def plot(runs: list[Run]) -> Figure:
@@ -206,7 +208,7 @@ def main() -> None:
     runs = [run for group in run_jobs(jobs, "Training") for run in group]
 
     for setting in settings:
-        print_runs(runs, setting)
+        print_table(f"{setting.label}, {seeds} seeds, mean ± standard error", HEADINGS, table(runs, setting))
     constant = [setting for setting in settings if not setting.cosine]
     claims = [claim for setting in constant for claim in check(runs, setting)]
     print_claims([*claims, *(reported := [claim for setting in constant for claim in check_errors(runs, setting)])])

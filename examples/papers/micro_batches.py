@@ -84,16 +84,18 @@ def check_against_sam(runs: list[Run]) -> list[Claim]:
     return [claim for method in methods_of(runs) if method.startswith("mSAM") for claim in compare(runs, method, SAM)]
 
 
-def print_runs(runs: list[Run]) -> None:
+HEADINGS = ["method", "samples a perturbation", "test error %", "top eigenvalue", "training error %", "training loss"]
+
+
+def table(runs: list[Run]) -> list[list[str]]:
+    """A row for each method."""
     rows = []
     for method in methods_of(runs):
         cells = [summary(collect(runs, method, name), digits) for name, digits in (("test_error", 2), ("eigenvalue", 2))]
         train_cells = [summary(collect(runs, method, name), digits) for name, digits in (("train_error", 2), ("train_loss", 4))]
         size = BATCH_SIZE // (METHODS | MORE)[method].micro_batches
         rows.append([method, "" if method == SGD else str(size), *cells, *train_cells])
-    headings = ["method", "samples a perturbation", "test error %", "top eigenvalue", "training error %", "training loss"]
-    title = f"{TASK}, generated data, {len(collect(runs, SGD, 'seed'))} seeds, mean ± standard error"
-    print_table(title, headings, rows)
+    return rows
 
 
 def plot(runs: list[Run]) -> Figure:
@@ -121,7 +123,7 @@ def main() -> None:
         [(train_one, method, seed, options.epochs) for method in reversed(chosen) for seed in range(seeds)], "Training"
     )
 
-    print_runs(runs)
+    print_table(f"{TASK}, generated data, {seeds} seeds, mean ± standard error", HEADINGS, table(runs))
     claims = check(runs)
     print_claims([*claims, *(reported := check_against_sam(runs))])
     save_picture(plot(runs), options.output, "micro_batches")

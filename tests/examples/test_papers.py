@@ -296,6 +296,43 @@ def test_data_and_nets_are_of_the_size_that_is_written(script):
     assert sizes == [5210, 11810]
 
 
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+PAPERS = EXAMPLES / "papers"
+SCRIPTS = ("toy_surfaces", "signal_and_noise", "diagonal_nets", "late_sam", "late_adversarial", "micro_batches")
+
+
+def recorded(name):
+    return json.loads((PAPERS / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_page_says_what_the_runs_found(name):
+    """Every verdict with its margin, the command, the seconds, the picture."""
+    page, record = (PAPERS / "README.md").read_text(encoding="utf-8"), recorded(name)
+    found = record["results"] if isinstance(record["results"], dict) else {}
+    for claim in sum((found[key] for key in found if key.startswith("claims")), record["claims"]):
+        verdict = "reproduced" if claim["holds"] else "not reproduced"
+        assert f"\n- {verdict}: {claim['text']} ({claim['margin']})\n" in page
+    assert f"`{record['command']}`, {record['seconds']:.0f} s" in page and record["command"].endswith(f"{name}.py")
+    assert f"(results/{name}.png)" in page and record["seconds"] < 300
+
+
+def test_the_pages_tables_are_those_of_the_runs(script):
+    page = (PAPERS / "README.md").read_text(encoding="utf-8")
+    late_sam, late_adversarial, micro_batches = map(script, SCRIPTS[3:])
+    settings = {setting.label: setting for setting in late_sam.SETTINGS}
+    late = [late_sam.Run(**run | {"setting": settings[run["setting"]]}) for run in recorded("late_sam")["results"]["runs"]]
+    tables = [late_sam.table(late, setting) for setting in late_sam.SETTINGS]
+    attacked = [late_adversarial.Run(**run) for run in recorded("late_adversarial")["results"]]
+    several = [micro_batches.Run(**run) for run in recorded("micro_batches")["results"]["runs"]]
+    tables += [late_adversarial.table(attacked), micro_batches.table(several)]
+    places = [page.index("\n".join(f"| {' | '.join(row)} |" for row in rows)) for rows in tables]
+    assert len(set(places)) == len(tables) and all(len(rows) == 4 for rows in tables)
+    # The digits' table stands before the cosine one.
+    assert places[0] < places[1] < page.index("With a cosine schedule") < places[2]
+
+
 # ---- error bars and verdicts -----------------------------------------------------------------------------------------
 
 
