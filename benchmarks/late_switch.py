@@ -138,6 +138,29 @@ def show(rows: list[LateRow]) -> Table:
     return table
 
 
+def late_switch_section(report: dict[str, Any]) -> str:
+    """The Markdown of `docs/choosing.md` between its two marks."""
+    machine, rows = report["machine"], report["rows"]
+    lines = [
+        "What a whole run costs, as a multiple of the same run with torch's fused SGD alone (median and quartiles of "
+        f"alternating rounds, {machine['cpu']}, torch {machine['torch']}, `{report['run']['command']}`; the goal for SAM over "
+        f"the last quarter is {report['goal']}, of which 1.25 is the gradients'):",
+        "",
+        "| net | base step, ms | SAM, never switched on | SAM over the last quarter | SAM in every step |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for net in dict.fromkeys(row["net"] for row in rows):
+        by_name = {row["optimizer"]: row for row in rows if row["net"] == net}
+        base = by_name["base"]
+        cells = [
+            f"{row['ratio']:.2f} ({row['ratio_q1']:.2f} to {row['ratio_q3']:.2f})"
+            for row in (by_name[name] for name in ("off", "late", "always"))
+        ]
+        title = f"{base['title']}, {base['threads']} thread{'s' if base['threads'] > 1 else ''}"
+        lines.append(f"| {title} | {base['median_s'] / base['steps'] * 1e3:.3g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
     made = argparse.ArgumentParser(prog="python -m benchmarks.late_switch", description=(__doc__ or "").split("\n\n")[0])

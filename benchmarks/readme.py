@@ -1,8 +1,8 @@
-"""Publishes a run: `python -m benchmarks.readme [JSON]` copies its files to `benchmarks/results/published` and into the README.
+"""Publishes a run: `python -m benchmarks.readme [JSON]` copies its files to `benchmarks/results/published` and into its page.
 
-Without an argument that is the run of `benchmarks.throughput`; `benchmarks/results/micro-batch-2threads.json` is the other.
-The figures in the README are never typed: `tests/test_readme.py` and `tests/benchmarks/test_bench_readme.py` hold them to the
-published files.
+Without an argument that is the run of `benchmarks.throughput`; `benchmarks/results/micro-batch-2threads.json` and
+`late-switch-2threads.json` are the others. These figures are never typed: `tests/test_readme.py` and
+`tests/benchmarks/test_bench_readme.py` hold the README and `docs/choosing.md` to the published files.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import SETS
+from benchmarks.late_switch import late_switch_section
 from benchmarks.micro_batch_readme import micro_batch_section
 from benchmarks.report import ratio_cell, set_title
 
@@ -104,12 +105,13 @@ def section(report: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the README between `<!-- name:begin -->` and `<!-- name:end -->`, and the file that it is written from."""
+    """A part of a page between `<!-- name:begin -->` and `<!-- name:end -->`, and the file that it is written from."""
 
     name: str
     stem: str
     render: Callable[[Any], str]
-    pictures: tuple[str, ...] = (".png",)
+    files: tuple[str, ...] = (".csv", ".png")  # beside the JSON
+    page: str = "README.md"
 
     def published(self) -> Any:
         """The published report, or None where none has been published yet."""
@@ -118,13 +120,15 @@ class Section:
 
 
 MEASURED = Section("measured", RESULTS.stem, section)
-MICRO_BATCH = Section("micro-batch", "micro-batch-2threads", micro_batch_section, (".png", "-growth.png"))
+MICRO_BATCH = Section("micro-batch", "micro-batch-2threads", micro_batch_section, (".csv", ".png", "-growth.png"))
+LATE_SWITCH = Section("late-switch", "late-switch-2threads", late_switch_section, (), "docs/choosing.md")
+SECTIONS = (MEASURED, MICRO_BATCH, LATE_SWITCH)
 
 
-def rewritten(readme: str, report: Any, part: Section = MEASURED) -> str:
-    """The README with the section between its marks replaced."""
+def rewritten(page: str, report: Any, part: Section = MEASURED) -> str:
+    """The page with the section between its marks replaced."""
     begin, end = f"<!-- {part.name}:begin -->", f"<!-- {part.name}:end -->"
-    before, rest = readme.split(begin)
+    before, rest = page.split(begin)
     _, after = rest.split(end)
     return f"{before}{begin}\n{part.render(report)}\n{end}{after}"
 
@@ -133,13 +137,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     path = Path(given[0]) if given else RESULTS
-    readme = ROOT / "README.md"
     report = json.loads(path.read_text(encoding="utf-8"))
-    part = MICRO_BATCH if "growth" in report else MEASURED
+    part = MICRO_BATCH if "growth" in report else LATE_SWITCH if "goal" in report else MEASURED
     PUBLISHED.mkdir(exist_ok=True)
-    for suffix in (".json", ".csv", *part.pictures):
+    for suffix in (".json", *part.files):
         shutil.copyfile(path.with_name(path.stem + suffix), PUBLISHED / f"{part.stem}{suffix}")
-    readme.write_text(rewritten(readme.read_text(encoding="utf-8"), report, part), encoding="utf-8")
+    page = ROOT / part.page
+    page.write_text(rewritten(page.read_text(encoding="utf-8"), report, part), encoding="utf-8")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Every Python block of the pages on training loops runs, in order, in one namespace per page; what they link to exists."""
+"""Every Python block of the documentation runs, in order, in one namespace per page; what pages link to exists."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LOOPS = ROOT / "docs" / "loops"
 INDEX = LOOPS / "README.md"
 PAGES = sorted(page for page in LOOPS.glob("*.md") if page != INDEX)
+# docs/sharpness.md is run by its package's tests.
+RUN = [*PAGES, ROOT / "docs" / "variants.md", ROOT / "docs" / "choosing.md"]
+READ = [INDEX, *RUN, ROOT / "docs" / "sharpness.md", ROOT / "README.md", ROOT / "examples" / "papers" / "README.md"]
+
+
+def name_of(page: Path) -> str:
+    return "-".join(page.relative_to(ROOT).with_suffix("").parts)
 
 
 def links(page: Path) -> list[str]:
@@ -22,7 +29,7 @@ def links(page: Path) -> list[str]:
     return [link for link in found if "://" not in link]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_python_blocks_run_in_order(page: Path) -> None:
     assert blocks(page.read_text(encoding="utf-8"), "python"), "a page without anything to run shows nothing"
     threads = torch.get_num_threads()
@@ -38,13 +45,29 @@ def test_the_index_has_every_page_once_and_no_other() -> None:
     assert sorted(listed) == sorted(page.name for page in PAGES)
 
 
-@pytest.mark.parametrize("page", [INDEX, *PAGES], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", READ, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     for link in links(page):
         assert (page.parent / link).exists(), link
 
 
-@pytest.mark.parametrize("page", [INDEX, *PAGES], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", READ, ids=name_of)
+def test_links_to_headings_lead_to_one(page: Path) -> None:
+    for link, heading in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" not in link:
+            target = page if not link else page.parent / link
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            # As GitHub makes an anchor of a heading.
+            assert heading in [re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings], (link, heading)
+
+
+def test_the_page_on_choosing_quotes_what_the_reproductions_found() -> None:
+    choosing, papers = (path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "choosing.md", READ[-1]))
+    quoted = re.findall(r"\d+\.\d+ ± \d+\.\d+", choosing)
+    assert len(quoted) > 15 and [figure for figure in quoted if figure not in papers] == []
+
+
+@pytest.mark.parametrize("page", READ, ids=name_of)
 def test_files_named_exist(page: Path) -> None:
     for path in re.findall(r"`((?:docs|sam_fused|examples|benchmarks|csrc|tests)/[\w./-]+\.\w+)`", page.read_text()):
         assert (ROOT / path).is_file(), path
