@@ -57,44 +57,84 @@ class LateRow:
     ratio_q3: float
     rounds_kept: int
     rounds_discarded: int
+    noisy: bool  # no round was quiet: the figures are those of the discarded ones
 
 
-def base_run(task: Task, steps: int) -> Callable[[], float]:
-    """Seconds of `steps` steps of the base optimizer alone."""
-    optimizer = make_base(list(task.model.parameters()), "sgd", fused=True)
+class Runs:
+    """Runs of one optimizer on a net of its own, each from the same weights with momentum 0: every run is the same run."""
 
-    def run() -> float:
-        start = time.perf_counter()
-        for _ in range(steps):
-            optimizer.zero_grad()
-            task.loss(task.model, *task.batch).backward()
-            optimizer.step()
-        return time.perf_counter() - start
+    def __init__(self, task: Task, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        self.task, self.optimizer, self.steps = task, optimizer, steps
+        self._start = [tensor.detach().clone() for tensor in self._tensors()]
 
-    return run
+    def _tensors(self) -> list[Tensor]:
+        return [*self.task.model.parameters(), *self.task.model.buffers()]
 
+    def __call__(self) -> float:
+        """Seconds of a run; what goes before and after it is not timed."""
+        with torch.no_grad():
+            for tensor, value in zip(self._tensors(), self._start, strict=True):
+                tensor.copy_(value)
+            for held in self.optimizer.state.values():
+                for value in held.values():
+                    value.zero_()
+        began = time.perf_counter()
+        loss = self.train()
+        seconds = time.perf_counter() - began
+        if not torch.isfinite(loss):
+            raise RuntimeError(f"late_switch: expected a net that trains, got the loss {loss.item()}: lower the learning rate.")
+        return seconds
 
-def sam_run(task: Task, steps: int, start: float) -> Callable[[], float]:
-    """Seconds of `steps` steps of SAM that is on from the fraction `start`; a schedule of its own for each run."""
-    from sam_fused import SAM, SwitchSchedule
+    def train(self) -> Tensor:
+        """A run; returns the last loss."""
+        raise NotImplementedError
 
-    optimizer_class, settings = BASES["sgd"]
-    optimizer: Any = SAM(list(task.model.parameters()), optimizer_class, rho=RHO, **settings)
-
-    def closure() -> Tensor:
-        loss = task.loss(task.model, *task.batch)
+    def evaluate(self) -> Tensor:
+        """Forward and backward pass."""
+        loss: Tensor = self.task.loss(self.task.model, *self.task.batch)
         loss.backward()
         return loss
 
-    def run() -> float:
-        began = time.perf_counter()
-        schedule = SwitchSchedule(optimizer, start=start, total=steps)
-        for _ in range(steps):
-            optimizer.step(closure)
-            schedule.step()
-        return time.perf_counter() - began
 
-    return run
+class BaseRuns(Runs):
+    """The base optimizer alone."""
+
+    def __init__(self, task: Task, steps: int) -> None:
+        super().__init__(task, make_base(list(task.model.parameters()), "sgd", fused=True), steps)
+
+    def train(self) -> Tensor:
+        for _ in range(self.steps):
+            self.optimizer.zero_grad()
+            loss = self.evaluate()
+            self.optimizer.step()
+        return loss
+
+
+class SAMRuns(Runs):
+    """SAM that is on from the fraction `start`; a schedule of its own for each run."""
+
+    def __init__(self, task: Task, steps: int, start: float) -> None:
+        from sam_fused import SAM
+
+        optimizer_class, settings = BASES["sgd"]
+        self.sam: Any = SAM(list(task.model.parameters()), optimizer_class, rho=RHO, **settings)
+        self.start = start
+        super().__init__(task, self.sam, steps)
+
+    def __call__(self) -> float:
+        seconds = super().__call__()
+        if int(self.sam.ascent_overflows):
+            raise RuntimeError("late_switch: expected an ascent in every step of SAM, got gradients that were not finite.")
+        return seconds
+
+    def train(self) -> Tensor:
+        from sam_fused import SwitchSchedule
+
+        schedule = SwitchSchedule(self.sam, start=self.start, total=self.steps)
+        for _ in range(self.steps):
+            loss: Tensor = self.sam.step(self.evaluate)
+            schedule.step()
+        return loss
 
 
 def measure(net: Net, steps: int, threads: int, rounds: int, seconds: float, seed: int) -> list[LateRow]:
@@ -102,12 +142,12 @@ def measure(net: Net, steps: int, threads: int, rounds: int, seconds: float, see
     used_threads, before = net.threads or threads, torch.get_num_threads()
     torch.set_num_threads(used_threads)
     try:
-        runs = {}
+        runs: dict[str, Callable[[], float]] = {}
         for name in TITLES:
             torch.manual_seed(seed)
             task = net.make()
             task.model.train()
-            runs[name] = base_run(task, steps) if name == "base" else sam_run(task, steps, STARTS[name])
+            runs[name] = BaseRuns(task, steps) if name == "base" else SAMRuns(task, steps, STARTS[name])
         kept, discarded = rounds_of(runs, rounds, seconds, 0.0, pace=Pace(warm=0, least=1))
     finally:
         torch.set_num_threads(before)
@@ -117,7 +157,7 @@ def measure(net: Net, steps: int, threads: int, rounds: int, seconds: float, see
         low, ratio, high = quartiles([figures[name] / figures["base"] for figures in used])
         middle = statistics.median(figures[name] for figures in used)
         fixed = net.name, net.title, name, used_threads, steps
-        rows.append(LateRow(*fixed, middle, ratio, low, high, len(kept), len(discarded)))
+        rows.append(LateRow(*fixed, middle, ratio, low, high, len(kept), len(discarded), not kept))
     return rows
 
 
@@ -128,37 +168,44 @@ def show(rows: list[LateRow]) -> Table:
         table.add_column(heading, justify="right")
     for row in rows:
         spread = f"{row.ratio_q1:.3f} to {row.ratio_q3:.3f}"
-        cells = (
-            f"{row.median_s:.3f}",
-            f"{row.ratio:.3f}",
-            spread,
-            f"{row.rounds_kept} of {row.rounds_kept + row.rounds_discarded}",
-        )
+        rounds = f"{row.rounds_kept} of {row.rounds_kept + row.rounds_discarded}{', noisy' if row.noisy else ''}"
+        cells = f"{row.median_s:.3f}", f"{row.ratio:.3f}", spread, rounds
         table.add_row(f"{row.title}, {row.threads} thr., {row.steps} steps", TITLES[row.optimizer], *cells)
     return table
 
 
-def late_switch_section(report: dict[str, Any]) -> str:
-    """The Markdown of `docs/choosing.md` between its two marks."""
+NOT_PUBLISHED = "SAM late has not been measured on a quiet machine yet: `python -m benchmarks.late_switch`."
+
+
+def late_switch_section(report: dict[str, Any] | None) -> str:
+    """The Markdown of `docs/choosing.md` between its two marks; one sentence where nothing has been published."""
+    if report is None:
+        return NOT_PUBLISHED
     machine, rows = report["machine"], report["rows"]
     lines = [
-        "What a whole run costs, as a multiple of the same run with torch's fused SGD alone (median and quartiles of "
-        f"alternating rounds, {machine['cpu']}, torch {machine['torch']}, `{report['run']['command']}`; the goal for SAM over "
-        f"the last quarter is {report['goal']}, of which 1.25 is the gradients'):",
+        "What a whole run costs, as a multiple of the same run with torch's fused SGD alone: median (quartiles) of alternating "
+        f"rounds, {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}; `{report['run']['command']}`. The "
+        f"gradients of SAM over the last quarter are 1.25 base runs; the goal for all of it is {report['goal']}.",
         "",
-        "| net | base step, ms | SAM, never switched on | SAM over the last quarter | SAM in every step |",
-        "| --- | --- | --- | --- | --- |",
+        "| net | base step, ms | SAM, never switched on | SAM over the last quarter | SAM in every step | rounds kept |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for net in dict.fromkeys(row["net"] for row in rows):
         by_name = {row["optimizer"]: row for row in rows if row["net"] == net}
         base = by_name["base"]
-        cells = [
-            f"{row['ratio']:.2f} ({row['ratio_q1']:.2f} to {row['ratio_q3']:.2f})"
-            for row in (by_name[name] for name in ("off", "late", "always"))
-        ]
+        cells = [_ratio_cell(by_name[name], report["goal"]) for name in ("off", "late", "always")]
         title = f"{base['title']}, {base['threads']} thread{'s' if base['threads'] > 1 else ''}"
-        lines.append(f"| {title} | {base['median_s'] / base['steps'] * 1e3:.3g} | {' | '.join(cells)} |")
+        rounds = f"{base['rounds_kept']} of {base['rounds_kept'] + base['rounds_discarded']}"
+        if base["noisy"]:
+            rounds += ", noisy"
+        lines.append(f"| {title} | {base['median_s'] / base['steps'] * 1e3:.3g} | {' | '.join(cells)} | {rounds} |")
+    lines += ["", "All that was measured: `benchmarks/results/published/late-switch-2threads.json`."]
     return "\n".join(lines)
+
+
+def _ratio_cell(row: dict[str, Any], goal: float) -> str:
+    missed = f" (goal {goal})" if row["optimizer"] == "late" and row["ratio"] > goal else ""
+    return f"{row['ratio']:.3f}{missed} ({row['ratio_q1']:.3f} to {row['ratio_q3']:.3f})"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -153,15 +153,19 @@ def rounds_of(
     on_round: Callable[[], None] = lambda: None,
     pace: Pace = PACE,
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """Rounds in which every run has one block in turn, kept and discarded; as many as `alternate` would try."""
+    """Rounds in which every run has one block in turn, kept and discarded; as many as `alternate` would try.
+
+    Each round starts with the next run: a machine that slows down within a round favours nobody.
+    """
+    names = list(runs)
     steps = {name: steps_per_block(run, block_seconds, pace.least) for name, run in runs.items()}
     kept: list[dict[str, float]] = []
     discarded: list[dict[str, float]] = []
     deadline = time.perf_counter() + seconds
-    for _ in range(3 * rounds):
-        guard = NoiseGuard()
+    for number in range(3 * rounds):
+        guard, turn = NoiseGuard(), number % len(names)
         with guard:
-            figures = {name: block(run, steps[name], pace.warm) for name, run in runs.items()}
+            figures = {name: block(runs[name], steps[name], pace.warm) for name in names[turn:] + names[:turn]}
         (kept if guard.keep else discarded).append(figures)
         on_round()
         if len(kept) >= rounds or time.perf_counter() >= deadline:
