@@ -12,10 +12,11 @@ _IN_NAMES = ("norm",)
 
 
 def is_norm_layer(module: nn.Module) -> bool:
-    """Batch, layer, group, instance and RMS normalisation, and any class with "norm" in its name that owns parameters and no
-    other module."""
+    """Batch, layer, group, instance and RMS normalisation, and any class with "norm" in its name that holds no other module and
+    no matrix: a linear layer over normalised inputs is a ``NormedLinear``, too."""
     named = any(part in type(module).__name__.lower() for part in _IN_NAMES)
-    return isinstance(module, _TYPES) or (named and not any(module.children()))
+    gains = all(param.dim() <= 1 for param in module.parameters(recurse=False))
+    return isinstance(module, _TYPES) or (named and gains and not any(module.children()))
 
 
 def norm_parameters(model: nn.Module, **norm_group: Any) -> list[dict[str, Any]]:
@@ -32,7 +33,8 @@ def norm_parameters(model: nn.Module, **norm_group: Any) -> list[dict[str, Any]]
 
     Args:
         model: normalisation layers are found by type (``torch.nn``'s), and by "norm" in the name of a class that holds no other
-            module. A parameter that a norm layer shares with another one counts as the norm layer's.
+            module and no parameter of two dimensions or more. A parameter that a norm layer shares with another one counts as
+            the norm layer's.
         **norm_group: further keys of the first group, for example ``weight_decay=0.0``.
 
     Returns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor, no_grad
@@ -19,7 +19,7 @@ class SwitchSchedule:
 
     Position t counts the calls of ``step()``: once per optimizer step or once per epoch, as with LR schedulers. SAM is on while
     ``start <= t < stop`` and ``(t - start) % every == 0``; else ``optimizer.enabled`` is False and every form of a step is the
-    base optimizer's, with one evaluation of the closure.
+    base optimizer's, with one evaluation of the closure: of each micro-batch where a batch is cut into several.
 
     Example:
         >>> import torch
@@ -32,12 +32,12 @@ class SwitchSchedule:
 
     Args:
         optimizer: the ``SAM`` whose ``enabled`` is driven.
-        start: the first position with SAM: a whole number, or a fraction of ``total``.
+        start: the first position with SAM: a whole number, or a fraction of ``total``; ``total`` itself and 1.0: never.
         stop: the first position without it again, a whole number or a fraction of ``total``; None: never.
         every: SAM on at ``start`` and at every ``every``-th position after it.
         total: how many positions the run has, where ``start`` or ``stop`` is a fraction.
-        momentum: ``"shared"`` goes on with the base optimizer's state at the switch; ``"fresh"`` clears it when ``start`` is
-            reached, as two optimizers over the same weights would have it (the authors' protocol).
+        momentum: ``"shared"`` goes on with the base optimizer's state at the switch; ``"fresh"`` clears it in the ``step()``
+            that reaches ``start``, as two optimizers over the same weights would have it (the authors' protocol).
 
     Raises:
         TypeError: the optimizer is not ours.
@@ -56,8 +56,8 @@ class SwitchSchedule:
     ) -> None:
         _check_optimizer(optimizer, "SwitchSchedule")
         if total is not None:
-            _check_whole(total, "total", 1)
-        _check_whole(every, "every", 1)
+            total = _whole(total, "total", 1)
+        every = _whole(every, "every", 1)
         if momentum not in MOMENTUM:
             raise ValueError(
                 f"momentum: expected 'shared' or 'fresh', got {momentum!r}: use 'shared', as one optimizer has it."
@@ -92,9 +92,18 @@ class SwitchSchedule:
         return {"position": self.position}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a saved position. The optimizer's own state is loaded by itself."""
-        self.position = state_dict["position"]
+        """Goes on from a saved position. The optimizer's own state is loaded by itself.
+
+        Raises:
+            ValueError: there is no position in it. Nothing has been changed then.
+        """
+        self.position = _saved_position(state_dict, "SwitchSchedule")
         self._apply()
+
+    def __repr__(self) -> str:
+        end = "" if self.stop is None else f", stop={self.stop}"
+        rest = f", every={self.every}, momentum={self.momentum!r}"
+        return f"SwitchSchedule(start={self.start}{end}{rest}), {'on' if self.optimizer.enabled else 'off'} at {self.position}"
 
 
 class RhoScheduler:
@@ -115,11 +124,16 @@ class RhoScheduler:
 
     Raises:
         TypeError: the optimizer is not ours.
-        ValueError: a factor that is negative or not finite; no rho has been changed then.
+        ValueError: a factor that is negative or not finite; one tensor that is the rho of groups whose rhos part. No rho has
+            been changed then.
     """
 
     def __init__(self, optimizer: SAM, factor: Callable[[int], float]) -> None:
         _check_optimizer(optimizer, "RhoScheduler")
+        if not callable(factor):
+            raise TypeError(
+                f"factor: expected a function of the position, got {type(factor).__name__}: pass for example lambda t: 0.99**t."
+            )
         self.optimizer, self.position = optimizer, 0
         self._factor = factor
         self._key = optimizer._names["rho"]
@@ -148,72 +162,115 @@ class RhoScheduler:
     @staticmethod
     def proportional_to_lr(optimizer: SAM) -> RhoScheduler:
         """``rho_t = rho_0 lr_t / lr_0`` in each group: its ``step()`` comes after the LR scheduler's. A learning rate on a
-        device is waited for."""
+        device is waited for.
+
+        lr_0 is the learning rate that an LR scheduler was given, whatever a warm-up has made of it by now: the group's
+        ``max_lr`` (OneCycleLR's, CyclicLR's), else its ``initial_lr``, else its ``lr``. Construct it after the LR scheduler.
+        """
         return _ProportionalToLR(optimizer)
 
     # ---- positions ---------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
         """The next position: once per optimizer step, or once per epoch."""
-        self.position += 1
+        self._go_to(self.position + 1)
+
+    def _go_to(self, position: int) -> None:
+        before, self.position = self.position, position
         try:
             self._apply()
         except ValueError:
-            self.position -= 1
+            self.position = before
             raise
 
     def factors(self) -> list[float]:
         """Each group's factor at the present position."""
-        return [float(self._factor(self.position))] * len(self.base_rhos)
+        return [self._factor(self.position)] * len(self.base_rhos)
 
     def _apply(self) -> None:
         factors = self.factors()
         for factor in factors:
-            if not math.isfinite(factor) or factor < 0:
+            if not _is_factor(factor):
                 raise ValueError(
-                    f"RhoScheduler: expected a finite factor >= 0, got {factor} at position {self.position}: mend the function."
+                    f"RhoScheduler: expected a finite factor >= 0, got {factor!r} at position {self.position}: mend the "
+                    "function."
                 )
-        for group, rho, factor in zip(self.optimizer.param_groups, self.base_rhos, factors, strict=False):
+        rhos = [rho * factor for rho, factor in zip(self.base_rhos, factors, strict=True)]
+        groups = list(zip(self.optimizer.param_groups, rhos, strict=False))
+        shared: dict[int, float] = {}
+        for group, rho in groups:
+            value = group[self._key]
+            if isinstance(value, Tensor) and shared.setdefault(id(value), rho) != rho:
+                raise ValueError(
+                    f"RhoScheduler: expected a {self._key} of its own for each group, got one tensor for rhos "
+                    f"{shared[id(value)]:g} and {rho:g}: give the groups tensors of their own, or plain numbers."
+                )
+        for group, rho in groups:
             if isinstance(group[self._key], Tensor):
                 with no_grad():
-                    group[self._key].fill_(rho * factor)
+                    group[self._key].fill_(rho)
             else:
-                group[self._key] = rho * factor
+                group[self._key] = rho
 
     def state_dict(self) -> dict[str, Any]:
         """The position and each group's rho_0; the function is what the constructor is told."""
         return {"position": self.position, "base_rhos": list(self.base_rhos)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a saved position, and sets each group's rho."""
-        self.position, self.base_rhos = state_dict["position"], list(state_dict["base_rhos"])
-        self._apply()
+        """Goes on from a saved position, and sets each group's rho.
+
+        Raises:
+            ValueError: it is of more groups than there are, or a factor is none. Nothing has been changed then.
+        """
+        position, groups = _saved_position(state_dict, "RhoScheduler"), len(self.optimizer.param_groups)
+        rhos = _saved_numbers(state_dict, "base_rhos")
+        if len(rhos) > groups:
+            raise ValueError(
+                f"RhoScheduler: expected the state of at most {groups} parameter groups, got one of {len(rhos)}: load it for "
+                "an optimizer with the groups that it was saved with."
+            )
+        before, self.base_rhos = self.base_rhos, rhos
+        try:
+            self._go_to(position)
+        except ValueError:
+            self.base_rhos = before
+            raise
+
+    def __repr__(self) -> str:
+        rhos = ", ".join(f"{_as_float(group[self._key]):g}" for group in self.optimizer.param_groups)
+        return f"{type(self).__name__.strip('_')}: rho {rhos} at {self.position}"
 
 
 class _ProportionalToLR(RhoScheduler):
     def __init__(self, optimizer: SAM) -> None:
         _check_optimizer(optimizer, "RhoScheduler")
-        self.base_lrs = self._lrs(optimizer)
+        self.base_lrs = [_as_float(self._full_lr(group)) for group in optimizer.param_groups]
         if not all(self.base_lrs):
             raise ValueError(
-                f"proportional_to_lr: expected learning rates above 0, got {self.base_lrs}: construct it before a warm-up has "
-                "set them to 0."
+                f"proportional_to_lr: expected learning rates above 0, got {self.base_lrs}: construct it after the LR "
+                "scheduler, which keeps what a warm-up from 0 leads to as initial_lr."
             )
         super().__init__(optimizer, lambda _: 1.0)
 
     @staticmethod
-    def _lrs(optimizer: SAM) -> list[float]:
-        return [_as_float(group["lr"]) for group in optimizer.param_groups]
+    def _full_lr(group: dict[str, Any]) -> float | Tensor:
+        value: float | Tensor = group.get("max_lr", group.get("initial_lr", group["lr"]))
+        return value
 
     def factors(self) -> list[float]:
-        return [lr / base for lr, base in zip(self._lrs(self.optimizer), self.base_lrs, strict=False)]
+        groups = self.optimizer.param_groups
+        return [_as_float(group["lr"]) / base for group, base in zip(groups, self.base_lrs, strict=False)]
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "base_lrs": list(self.base_lrs)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.base_lrs = list(state_dict["base_lrs"])
-        super().load_state_dict(state_dict)
+        before, self.base_lrs = self.base_lrs, _saved_numbers(state_dict, "base_lrs")
+        try:
+            super().load_state_dict(state_dict)
+        except ValueError:
+            self.base_lrs = before
+            raise
 
 
 # ---- positions and arguments -------------------------------------------------------------------------------------------
@@ -221,19 +278,22 @@ class _ProportionalToLR(RhoScheduler):
 
 def _warmed_up(factor: Callable[[int], float], warmup: int) -> Callable[[int], float]:
     """``factor`` from position ``warmup`` on, and a line from 0 to its value there before."""
-    _check_whole(warmup, "warmup", 0)
+    warmup = _whole(warmup, "warmup", 0)
     return lambda t: factor(t) if t >= warmup else factor(warmup) * t / warmup
 
 
 def _progress(total: int, warmup: int, final: float) -> Callable[[int], float]:
     """How much of the way from ``warmup`` to ``total`` a position has behind it, from 0 to 1."""
-    _check_whole(total, "total", 1)
-    _check_whole(warmup, "warmup", 0)
-    if not math.isfinite(final) or final < 0:
+    total, warmup = _whole(total, "total", 1), _whole(warmup, "warmup", 0)
+    if not _is_factor(final):
         raise ValueError(f"final: expected a finite share of rho, >= 0, got {final!r}: use for example 0.1.")
     if warmup >= total:
         raise ValueError(f"warmup: expected less than the total of {total}, got {warmup}: make it smaller.")
     return lambda t: min(max(t - warmup, 0) / (total - warmup), 1.0)
+
+
+def _is_factor(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value) and float(value) >= 0
 
 
 def _as_float(value: float | Tensor) -> float:
@@ -247,15 +307,36 @@ def _check_optimizer(optimizer: Any, name: str) -> None:
         )
 
 
-def _check_whole(value: Any, name: str, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}: use for example {max(least, 10)}.")
+def _whole(value: Any, name: str, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}: use for example {max(least, 1)}.")
+    return int(value)
+
+
+def _saved_position(state_dict: Any, name: str) -> int:
+    position = state_dict.get("position") if isinstance(state_dict, dict) else None
+    if isinstance(position, bool) or not isinstance(position, int) or position < 0:
+        raise ValueError(
+            f"{name}: expected the state_dict of one, with a position >= 0, got {position!r} for it: load what its own "
+            "state_dict() returned."
+        )
+    return position
+
+
+def _saved_numbers(state_dict: dict[str, Any], key: str) -> list[float]:
+    numbers = state_dict.get(key)
+    if not isinstance(numbers, list) or not all(isinstance(n, float) and math.isfinite(n) and n >= 0 for n in numbers):
+        raise ValueError(
+            f"RhoScheduler: expected the state_dict of one, with {key}, numbers >= 0, got {numbers!r} for them: load what its "
+            "own state_dict() returned."
+        )
+    return list(numbers)
 
 
 def _position(value: Any, name: str, total: int | None) -> int:
     """A position as it is, or a fraction's of the total: 0.75 of 10 is 8, the first position at or behind it."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
+    if not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 0:
+        return int(value)
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
         raise ValueError(
             f"{name}: expected a position, a whole number >= 0, or a fraction between 0 and 1, got {value!r}: 0.75 is the last "
@@ -263,4 +344,5 @@ def _position(value: Any, name: str, total: int | None) -> int:
         )
     if total is None:
         raise ValueError(f"{name}: expected a total beside a fraction, got {value!r} alone: pass total= in calls of step().")
-    return math.ceil(float(value) * total - 1e-9)  # 0.55 * 100 is a little more than 55
+    product = float(value) * total
+    return math.ceil(product - 1e-12 * product)  # 0.55 * 100 is a little more than 55

@@ -5,6 +5,7 @@
 what is about the CPU (marker ``cpu_only``), by name in the summary and in the file of ``--left-out``.
 """
 
+import os
 import sys
 import zlib
 from collections import Counter
@@ -116,3 +117,12 @@ def _orders_of_the_emulation(request):
 
         number = zlib.crc32(request.node.nodeid.encode())
         emulated.set_orders(ORDERS[number % 3], ORDERS[number // 3 % 3], seed=number)
+
+
+@pytest.fixture(autouse=True)
+def _mended_interpreter(request, monkeypatch):
+    """``TRITON_INTERPRET=1 pytest --backends triton``: what Triton's interpreter rounds differently from a card is mended."""
+    if "triton" in _backends(request.config) and os.environ.get("TRITON_INTERPRET") == "1":
+        from tests.kernels import triton_arithmetic
+
+        triton_arithmetic.mend(monkeypatch)

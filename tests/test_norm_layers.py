@@ -28,6 +28,18 @@ class PreNormBlock(nn.Module):
         self.gain = nn.Parameter(torch.ones(1))
 
 
+class NormedLinear(nn.Linear):
+    """Not a norm layer: it normalises what goes through a matrix of its own."""
+
+
+class AbnormalityHead(nn.Module):
+    """Not one either."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 3))
+
+
 def names_of(model):
     named = {id(param): name for name, param in model.named_parameters()}
     return [[named[id(param)] for param in group["params"]] for group in norm_parameters(model)]
@@ -44,12 +56,18 @@ def test_every_kind_of_norm_layer_is_found_and_nothing_else():
         nn.SyncBatchNorm(4),
         nn.BatchNorm1d(4, affine=False),
         PreNormBlock(),
+        NormedLinear(3, 3),
+        AbnormalityHead(),
+        nn.LayerNorm([3, 3]),  # torch's own, whatever its shape
     )
     norms, others = names_of(model)
     assert norms == [f"{i}.{name}" for i in range(1, 7) for name in ("weight", "bias") if (i, name) != (5, "bias")] + [
-        "8.norm.weight"
+        "8.norm.weight",
+        "11.weight",
+        "11.bias",
     ]
-    assert others == ["0.weight", "0.bias", "8.gain", "8.projection.weight", "8.projection.bias"]
+    assert others[:5] == ["0.weight", "0.bias", "8.gain", "8.projection.weight", "8.projection.bias"]
+    assert others[5:] == ["9.weight", "9.bias", "10.weight"]
 
 
 def test_the_groups_say_what_is_perturbed_and_take_further_keys():

@@ -1,11 +1,15 @@
 """When SAM is on and how large rho is, over a run: positions, what it costs while off, checkpoints, other schedulers."""
 
+import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
-from torch.optim import SGD, Adam, AdamW, lr_scheduler
+from torch.optim import SGD, Adam, AdamW, RMSprop, lr_scheduler
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sam_fused import SAM, MicroBatchSAM, RhoScheduler, SwitchSchedule
 from sam_fused.ops.prepared import TensorSet
@@ -42,6 +46,9 @@ def positions_on(schedule, count):
         ({"start": 3, "every": 4}, (3, 7, 11)),
         ({"start": 3, "stop": 11, "every": 4}, (3, 7)),
         ({"start": 1.0, "total": 12}, ()),
+        ({"start": 12, "total": 12}, ()),
+        ({"start": np.int64(1)}, range(1, 12)),  # a position, not the fraction 1.0
+        ({"start": np.int64(2), "stop": np.int64(8), "every": np.int64(3), "total": np.int64(12)}, (2, 5)),
     ],
 )
 def test_positions(options, on):
@@ -50,7 +57,9 @@ def test_positions(options, on):
 
 def test_a_fraction_is_exact_where_its_product_is_not():
     assert 0.55 * 100 > 55
-    assert SwitchSchedule(make(), start=0.55, total=100).start == 55
+    for total in (100, 10**8, 10**10):
+        starts = [SwitchSchedule(make(), start=percent / 100, total=total).start for percent in range(100)]
+        assert starts == [percent * total // 100 for percent in range(100)]
 
 
 class Task(Regression):
@@ -82,9 +91,126 @@ def test_while_off_there_is_one_evaluation_and_nothing_but_the_base_step(monkeyp
     assert task.evaluations == 4 and seen == ["grad_norm", "perturb_"] and task.optimizer.buffer_bytes > 0
 
 
+class Passes(TorchDispatchMode):
+    """The operations that meet a tensor of the parameters' size."""
+
+    SIZE = 1000
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if any(isinstance(leaf, torch.Tensor) and leaf.numel() >= self.SIZE for leaf in tree_leaves((args, kwargs))):
+            self.seen.append(str(operation).split(".")[1])
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "form", ["closure", "ascent closure", "first pass done", "by hand", "perturbed", "first_step", "micro"]
+)
+@pytest.mark.parametrize(
+    ("base", "passes"),
+    [
+        ((SGD, {"momentum": 0.9}), ["restore_sgd_"]),  # 5 accesses: the weights are their own backups
+        ((AdamW, {}), ["restore_adamw_"]),
+        ((RMSprop, {}), None),  # the base optimizer's own
+    ],
+    ids=["SGD", "AdamW", "RMSprop"],
+)
+def test_while_off_the_only_passes_over_memory_are_the_base_steps(form, base, passes):
+    """Counted by torch: no norm, no copy, no restore. The closure hands gradients over and makes none."""
+    (cls, options), w, held = base, torch.nn.Parameter(torch.ones(Passes.SIZE)), torch.ones(Passes.SIZE)
+    optimizer = MicroBatchSAM([w], cls, num_micro_batches=1, lr=0.1, same_dropout=True, **options)
+    SwitchSchedule(optimizer, start=100)
+    calls = []
+
+    def closure(*_):
+        calls.append(1)
+        w.grad = held
+        return 1.0
+
+    def step():
+        if form in ("closure", "ascent closure"):
+            optimizer.step(closure, **({"ascent_closure": closure} if form != "closure" else {}))
+            return
+        if form == "micro":
+            optimizer.step(closure, torch.ones(4))
+            return
+        optimizer.zero_grad()
+        closure()
+        if form == "first pass done":
+            optimizer.step(closure, first_pass_done=True)
+        elif form == "by hand":
+            optimizer.step()
+        elif form == "perturbed":
+            with optimizer.perturbed():
+                w.grad = held
+            optimizer.step()
+        else:
+            optimizer.first_step(zero_grad=True)
+            w.grad = held
+            optimizer.second_step()
+
+    if passes is None:
+        alone = cls([torch.nn.Parameter(torch.ones(Passes.SIZE))], lr=0.1, **options)
+        alone.param_groups[0]["params"][0].grad = held
+        alone.step()
+        with Passes() as counted:
+            alone.step()
+        passes = counted.seen
+    step()  # creates the base optimizer's state
+    calls.clear()
+    with Passes() as counted:
+        step()
+    assert counted.seen == passes and len(calls) == 1 and optimizer.buffer_bytes == 0
+
+
+def test_while_off_several_micro_batches_are_accumulated_and_nothing_more():
+    """One call for each, so that the memory for activations stays a micro-batch's, and the sum of their gradients."""
+    w, held, calls = torch.nn.Parameter(torch.ones(Passes.SIZE)), torch.ones(Passes.SIZE), []
+    optimizer = MicroBatchSAM([w], SGD, num_micro_batches=4, lr=0.1)
+    optimizer.enabled = False
+
+    def closure(x):
+        calls.append(len(x))
+        w.grad = held
+        return 1.0
+
+    optimizer.step(closure, torch.ones(8))
+    calls.clear()
+    with Passes() as counted:
+        optimizer.step(closure, torch.ones(8))
+    assert calls == [2] * 4 and counted.seen == ["restore_accumulate_"] * 3 + ["restore_sgd_"]
+
+
+@pytest.mark.parametrize("cls", [SAM, MicroBatchSAM])
+def test_while_off_a_first_pass_that_is_done_is_the_step_s_gradient(cls):
+    """Not added to the closure's: L = w^2 / 2 at 1 with lr .1 steps to .9, and its closure is not called again."""
+    w = parameter([1.0])
+    optimizer = cls([w], SGD, lr=0.1, **({"num_micro_batches": 1} if cls is MicroBatchSAM else {}))
+    calls = []
+
+    def closure():
+        calls.append(1)
+        loss = 0.5 * (w * w).sum()
+        loss.backward()
+        return loss
+
+    optimizer.enabled = False
+    closure()
+    assert optimizer.step(closure, first_pass_done=True) is None
+    assert w.item() == pytest.approx(0.9, abs=1e-12) and len(calls) == 1
+    optimizer.zero_grad()
+    optimizer.enabled = True
+    closure()
+    optimizer.step(closure, first_pass_done=True)
+    assert w.item() == pytest.approx(0.9 - 0.1 * 0.95, abs=1e-12) and len(calls) == 3
+
+
 @pytest.mark.parametrize("form", ["closure", "by hand", "micro-batches"])
 def test_late_sam_is_the_base_optimizer_and_then_sam(form):
-    """Bit for bit: four steps of SGD, and four of a SAM around it."""
+    """Four steps of SGD, and bit for bit those of a SAM that is switched by hand."""
     ours, plain = Regression(), Regression()
     kwargs = {"lr": 0.05, "momentum": 0.9}
     micro = form == "micro-batches"
@@ -203,6 +329,65 @@ def test_rho_follows_the_learning_rate_of_its_group():
     assert first["rho"] < 0.02
 
 
+@pytest.mark.parametrize("scheduler_first", [True, False])
+@pytest.mark.parametrize(
+    ("make_scheduler", "rhos"),
+    [
+        (lambda o: lr_scheduler.LinearLR(o, start_factor=0.5, total_iters=2), [0.025, 0.0375, 0.05]),
+        (lambda o: lr_scheduler.LambdaLR(o, lambda t: min(t / 2, 1.0)), [0.0, 0.025, 0.05]),
+    ],
+)
+def test_rho_follows_a_warm_up_of_the_learning_rate(scheduler_first, make_scheduler, rhos):
+    """rho_0 belongs to the learning rate that the warm-up leads to, not to the one that it begins with."""
+    optimizer = make(rho=0.05)
+    lrs = make_scheduler(optimizer) if scheduler_first else None
+    scheduler = RhoScheduler.proportional_to_lr(optimizer)
+    lrs = lrs or make_scheduler(optimizer)
+    seen = [optimizer.param_groups[0]["rho"]] if scheduler_first else [rhos[0]]
+    for _ in range(2):
+        optimizer.step(lambda: optimizer.param_groups[0]["params"][0].sum().backward())
+        lrs.step()
+        scheduler.step()
+        seen.append(optimizer.param_groups[0]["rho"])
+    assert seen == pytest.approx(rhos, rel=1e-12)
+
+
+def test_rho_follows_a_cycle_from_its_largest_learning_rate():
+    optimizer = make(rho=0.05)
+    lrs = lr_scheduler.OneCycleLR(optimizer, max_lr=0.4, total_steps=10)
+    scheduler = RhoScheduler.proportional_to_lr(optimizer)
+    seen = []
+    for _ in range(9):
+        seen.append(optimizer.param_groups[0]["rho"])
+        optimizer.step(lambda: optimizer.param_groups[0]["params"][0].sum().backward())
+        lrs.step()
+        scheduler.step()
+    assert max(seen) == pytest.approx(0.05, rel=1e-2) and seen[0] == pytest.approx(0.05 / 25)
+
+
+def test_one_tensor_for_groups_whose_rhos_part_is_refused():
+    rho = torch.tensor(0.05)
+    optimizer = SAM([{"params": [parameter([1.0])]}, {"params": [parameter([2.0])], "lr": 0.2}], SGD, lr=0.1, rho=rho)
+    scheduler = RhoScheduler.proportional_to_lr(optimizer)
+    optimizer.param_groups[0]["lr"] = 0.05
+    with pytest.raises(ValueError) as raised:
+        scheduler.step()
+    assert_one_sentence(raised.value, "one tensor", "0.025")
+    assert rho.item() == pytest.approx(0.05) and scheduler.position == 0
+    optimizer.param_groups[1]["lr"] = 0.1
+    scheduler.step()
+    assert rho.item() == pytest.approx(0.025)
+
+
+def test_groups_that_are_added_keep_the_rho_that_they_bring():
+    optimizer = make(rho=0.5)
+    schedulers = RhoScheduler.linear(optimizer, total=2), RhoScheduler.proportional_to_lr(optimizer)
+    optimizer.add_param_group({"params": [parameter([1.0])], "rho": 0.3})
+    for scheduler in schedulers:
+        scheduler.step()
+        assert optimizer.param_groups[1]["rho"] == 0.3
+
+
 def test_rho_of_a_base_with_a_rho_of_its_own():
     optimizer = SAM([parameter([1.0])], torch.optim.Adadelta, sam_rho=0.5)
     RhoScheduler.linear(optimizer, total=2).step()
@@ -235,6 +420,7 @@ def test_the_perturbation_has_the_scheduled_length():
         before = w.detach().clone()
         with optimizer.perturbed():
             lengths.append((w.detach() - before).norm().item())
+            (0.5 * (w**2).sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
@@ -281,6 +467,51 @@ def test_a_resumed_run_is_the_uninterrupted_one(base, cut):
     assert_same_state(snapshot_state(second[1]), snapshot_state(whole[1]))
 
 
+def test_a_loaded_schedule_has_the_saved_rho_and_learning_rate_to_begin_with():
+    """Not those of the optimizer that it is loaded into: a run may be resumed with other arguments."""
+    saved = []
+    for scheduler in (RhoScheduler.linear(make(rho=0.5), total=4), RhoScheduler.proportional_to_lr(make(rho=0.5, lr=0.1))):
+        scheduler.step()
+        saved.append(scheduler.state_dict())
+    optimizer = make(rho=7.0)
+    linear = RhoScheduler.linear(optimizer, total=4)
+    linear.load_state_dict(saved[0])
+    assert optimizer.param_groups[0]["rho"] == 0.5 * 0.75 and linear.position == 1
+    optimizer = make(rho=7.0, lr=0.3)
+    proportional = RhoScheduler.proportional_to_lr(optimizer)
+    proportional.load_state_dict(saved[1])
+    assert optimizer.param_groups[0]["rho"] == pytest.approx(0.5 * 0.3 / 0.1)
+    optimizer.param_groups[0]["lr"] = 0.05
+    proportional.step()
+    assert optimizer.param_groups[0]["rho"] == pytest.approx(0.25)
+
+
+def test_a_state_that_cannot_be_loaded_changes_nothing():
+    scheduler = RhoScheduler(make(rho=0.5), lambda t: 1.0 - t)
+    proportional = RhoScheduler.proportional_to_lr(make(rho=0.5))
+    two_groups = {"position": 1, "base_rhos": [0.1, 0.2], "base_lrs": [1.0, 1.0]}
+    for loaded, state, word in (
+        (scheduler, {"position": 7, "base_rhos": [0.4]}, "position 7"),
+        (scheduler, two_groups, "one of 2"),
+        (proportional, two_groups, "one of 2"),
+    ):
+        before = loaded.state_dict()
+        with pytest.raises(ValueError) as raised:
+            loaded.load_state_dict(state)
+        assert_one_sentence(raised.value, word)
+        assert loaded.state_dict() == before and loaded.optimizer.param_groups[0]["rho"] == 0.5
+
+
+def test_copies_of_a_run_go_on_by_themselves():
+    optimizer = make(rho=0.5)
+    run = optimizer, SwitchSchedule(optimizer, start=1), RhoScheduler.linear(optimizer, total=4)
+    other, switch, rho = copy.deepcopy(run)
+    switch.step()
+    rho.step()
+    assert (other.enabled, other.param_groups[0]["rho"]) == (True, 0.375)
+    assert (optimizer.enabled, optimizer.param_groups[0]["rho"]) == (False, 0.5)
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------------
 
 
@@ -314,6 +545,8 @@ def test_switches_that_mean_nothing(options, word):
     [
         (lambda o: RhoScheduler(o, lambda t: -1.0), "factor"),
         (lambda o: RhoScheduler(o, lambda t: math.nan), "factor"),
+        (lambda o: RhoScheduler(o, lambda t: "a"), "'a' at position 0"),
+        (lambda o: RhoScheduler.cosine(o, total=4, final="0.1"), "final"),
         (lambda o: RhoScheduler.linear(o, total=4, final=-0.5), "final"),
         (lambda o: RhoScheduler.cosine(o, total=4, final=math.inf), "final"),
         (lambda o: RhoScheduler.cosine(o, total=0), "total"),
@@ -326,6 +559,38 @@ def test_rho_schedules_that_mean_nothing(attempt, word):
     with pytest.raises(ValueError) as raised:
         attempt(make())
     assert_one_sentence(raised.value, word)
+
+
+@pytest.mark.parametrize("state", [{"a": 1}, {"position": -1}, {"position": 2.5}, {"position": "5"}, {"position": True}, None])
+def test_states_that_are_none(state):
+    switch = SwitchSchedule(make(), start=3)
+    rho = RhoScheduler.linear(make(rho=0.5), total=4)
+    for schedule in (switch, rho):
+        schedule.step()
+        with pytest.raises(ValueError) as raised:
+            schedule.load_state_dict(state)
+        assert_one_sentence(raised.value, type(schedule).__name__, "position", "state_dict()")
+        assert schedule.position == 1
+    for rhos in (None, [-1.0], [math.nan], ["a"], 0.5):
+        with pytest.raises(ValueError) as raised:
+            rho.load_state_dict({"position": 2, "base_rhos": rhos})
+        assert_one_sentence(raised.value, "base_rhos")
+        assert rho.position == 1 and rho.optimizer.param_groups[0]["rho"] == 0.375
+
+
+def test_a_factor_that_is_no_function_is_refused():
+    with pytest.raises(TypeError) as raised:
+        RhoScheduler(make(), 0.5)
+    assert_one_sentence(raised.value, "factor", "float")
+
+
+def test_schedules_say_where_they_are():
+    optimizer = make(rho=0.5)
+    switch, rho = SwitchSchedule(optimizer, start=0.5, stop=9, total=4), RhoScheduler.linear(optimizer, total=4)
+    rho.step()
+    assert repr(switch) == "SwitchSchedule(start=2, stop=9, every=1, momentum='shared'), off at 0"
+    assert repr(rho) == "RhoScheduler: rho 0.375 at 1"
+    assert repr(RhoScheduler.proportional_to_lr(optimizer)) == "ProportionalToLR: rho 0.375 at 0"
 
 
 @pytest.mark.parametrize("schedule", [SwitchSchedule, RhoScheduler.constant, RhoScheduler.proportional_to_lr])

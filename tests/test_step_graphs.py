@@ -1,6 +1,7 @@
 """``graphed_step`` without a GPU: everything but the capture, which ``capture=False`` leaves out. tests/gpu has the rest."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -101,9 +102,9 @@ def test_warming_up_leaves_no_trace(form, base, steps_before):
 def test_warming_up_is_not_a_step_to_read_of():
     task = Task(max_grad_norm=1.0)
     step = task.graphed()
-    assert task.optimizer.losses is None and task.optimizer.grad_norm is None
+    assert task.optimizer.losses == (None, None) and task.optimizer.grad_norm is None
     step(*task.batches[0])
-    assert task.optimizer.losses is not None
+    assert task.optimizer.losses.rise is not None
     losses, norm = task.optimizer.losses, task.optimizer.grad_norm
     task.graphed()
     assert task.optimizer.losses == losses and task.optimizer.grad_norm is norm
@@ -154,6 +155,15 @@ def test_what_a_graph_would_freeze():
     refused(RuntimeError, Task(same_dropout=True), "same_dropout")
     refused(RuntimeError, Task(track_perturbation=True), "track_perturbation")
     refused(RuntimeError, Task(dampening=0.1, nesterov=False), "dampening")
+    for written in (
+        {"adaptive": True, "eta": 0.1},
+        {"adaptive": "layerwise"},
+        {"p": math.inf},
+        {"weight_decay": 0.1, "weight_decay_in_ascent": True},
+    ):
+        refused(RuntimeError, Task(**written), "which the host writes out")
+    for formed in ({"adaptive": True}, {"normalize": False}, {"weight_decay_in_ascent": True}):
+        Task(**formed).graphed()
     begun = Task()
     F.cross_entropy(begun.model(begun.batches[0][0]), begun.batches[0][1]).backward()
     begun.optimizer.first_step()

@@ -2,7 +2,8 @@
 
 The kernels know T = 1 and T = ``|w|``. Any other T of ASAM [2102.11600], the sign of p = infinity and a weight decay in the
 ascent take torch's multi-tensor calls over a second copy of what is perturbed; norm and perturbation are the kernels' again,
-with the direction in the gradient's place. A call per list and not per tensor, in the dtype of the arithmetic.
+with the direction in the gradient's place. A call per list, in the dtype of the arithmetic; on a GPU torch launches once per
+tensor for factors that are tensors (a layerwise T) and for sums of two dtypes (a decay of half weights).
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Directions:
             # In fp64, where there is one: squares of fp32 and of halves leave their own range.
             wide = torch.float32 if out[0].device.type == "mps" else torch.float64
             lengths = torch._foreach_norm(_at(self._params, self._layerwise), 2, dtype=wide)
-            self._lengths = [length.to(out[0].dtype) for length in lengths]
+            self._lengths = [length.to(own.dtype) for length, own in zip(lengths, _at(out, self._layerwise), strict=True)]
         self._scale()
         return out
 

@@ -134,7 +134,7 @@ def check_limit(value: Any) -> None:
 def check_norm(p: Any, normalize: Any) -> None:
     """Refuses a perturbation that is none of those there are."""
     if isinstance(p, bool) or not isinstance(p, Real) or p not in (2, math.inf):
-        raise ValueError(f"p: expected 2 or math.inf, the norm that bounds the perturbation, got {p!r}: use 2.")
+        raise ValueError(f"p: expected 2 or math.inf, the norm that bounds the perturbation, got {p!r}: use 2, or math.inf.")
     if not isinstance(normalize, bool):
         raise ValueError(f"normalize: expected True or False, got {normalize!r}: False is e = rho g.")
     if p != 2 and not normalize:

@@ -323,20 +323,22 @@ class Ascent:
             scaling += scaling_of(group, own.adaptive, self._control.model) if own.perturb else [0] * own.size
         indices = [i for i, grad in enumerate(grads) if grad is not None and own_groups[group_of[i]].perturb]
         refuse_shared_memory([params[i] for i in indices])
-        written = self._control.p != 2 or any(own.is_written for own in own_groups)
+        is_written = [self._control.p != 2 or own_groups[group_of[i]].is_written for i in indices]
         parts = []
-        for (_, backend), chosen in partition(params, indices, self._control.backend).items():
-            members, kinds = [params[i] for i in chosen], [scaling[i] for i in chosen]
-            tensors = TensorSet(
-                members,
-                self._buffers.views(members),
-                backend=backend,
-                groups=[group_of[i] for i in chosen],
-                scaling=[] if written else kinds,
-                grad_dtypes=[arithmetic_dtype(p.dtype) for p in members] if written else (),
-            )
-            directions = self._direct(members, kinds) if written else None
-            parts.append(Part(tensors, chosen, len(params), directions))
+        for written in sorted(set(is_written)):
+            here = [i for i, own in zip(indices, is_written, strict=True) if own == written]
+            for (_, backend), chosen in partition(params, here, self._control.backend).items():
+                members, kinds = [params[i] for i in chosen], [scaling[i] for i in chosen]
+                tensors = TensorSet(
+                    members,
+                    self._buffers.views(members),
+                    backend=backend,
+                    groups=[group_of[i] for i in chosen],
+                    scaling=[] if written else kinds,
+                    grad_dtypes=[arithmetic_dtype(p.dtype) for p in members] if written else (),
+                )
+                directions = self._direct(members, kinds) if written else None
+                parts.append(Part(tensors, chosen, len(params), directions))
         return parts
 
     def _direct(self, members: list[Tensor], kinds: list[int]) -> Directions:

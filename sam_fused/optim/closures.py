@@ -16,7 +16,9 @@ from .state import Control
 class Losses(NamedTuple):
     """The two losses of the last ``step(closure)``: at the clean and at the perturbed weights, detached, on their device.
 
-    Their difference is a free reading of the sharpness in the ascent direction, L(w + e) - L(w) [2211.05729].
+    Their difference is a free reading of the sharpness in the ascent direction, L(w + e) - L(w) [2211.05729]. None is what the
+    step did not see: both after a step by hand, the perturbed one while SAM is switched off, the clean one after
+    ``first_pass_done=True`` and with an ``ascent_closure``, whose loss is another one.
     """
 
     clean: Any
@@ -24,15 +26,24 @@ class Losses(NamedTuple):
 
     @property
     def rise(self) -> Any:
-        """``perturbed - clean``; None after ``first_pass_done=True``, which leaves the clean loss with the caller. Raises
-        TypeError if the closure returned something else than a loss."""
-        if self.clean is None:
+        """``perturbed - clean``; None where one of the two is. Raises TypeError if the closure returned something else than a
+        loss."""
+        if self.clean is None or self.perturbed is None:
             return None
         if not all(isinstance(loss, (Tensor, float, int)) for loss in self):
             raise TypeError(
                 f"rise: expected a closure that returns the loss, got {type(self.clean).__name__}: return the loss alone."
             )
         return self.perturbed - self.clean
+
+
+def check_callable(closure: Any, name: str) -> None:
+    """Before anything is done for it."""
+    if closure is not None and not callable(closure):
+        raise TypeError(
+            f"{name}: expected a function that runs forward and backward and returns the loss, got "
+            f"{type(closure).__name__}: pass the function itself, which is called at both weights."
+        )
 
 
 def evaluate(control: Control, closure: Callable[..., Any], *arguments: Any) -> Any:

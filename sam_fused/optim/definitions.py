@@ -41,7 +41,13 @@ def scaling_of(group: dict[str, Any], adaptive: bool | str, model: nn.Module | N
 
 def _names(group: dict[str, Any], model: nn.Module | None) -> list[str]:
     if "param_names" in group:
-        return group["param_names"]  # type: ignore[no-any-return]
+        names: list[str] = group["param_names"]
+        if len(names) != len(group["params"]):
+            raise ValueError(
+                f"adaptive='weights': expected a name for every parameter, got {len(names)} names in a group of "
+                f"{len(group['params'])}: add parameters by add_param_group(), or their names to the group's param_names."
+            )
+        return names
     known = {} if model is None else {id(param): name for name, param in model.named_parameters(remove_duplicate=False)}
     for index, param in enumerate(group["params"]):
         if id(param) not in known:

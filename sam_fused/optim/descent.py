@@ -131,6 +131,16 @@ class Descent:
         for part in ascending:
             part.tensors.perturbed.zero_()
 
+    def note_stepped(self, ascent: Ascent) -> None:
+        """After an interrupt: what the operations have restored in their pass is not to be restored once more, which would
+        undo the step. They tell it in a cell of their own where their weights were perturbed in several parts."""
+        done = {
+            id(param) for entry in self._parts if not entry.part.tensors.is_perturbed for param in entry.part.tensors.params
+        }
+        for part in ascent.perturbed_parts():
+            if done.issuperset(map(id, part.tensors.params)):
+                part.tensors.perturbed.zero_()
+
     def _limit_on(self, device: torch.device, base: Optimizer) -> float | Tensor:
         limit = self._control.max_grad_norm
         assert limit is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
@@ -23,6 +24,18 @@ DEFAULTS: dict[str, Any] = {
 
 PREFIX = "sam_"
 
+# What the constructor takes for all groups together: in a group of its own it would be nobody's, and say nothing.
+NOT_OF_A_GROUP = (
+    "p",
+    "normalize",
+    "max_grad_norm",
+    "model",
+    "same_dropout",
+    "backend",
+    "track_perturbation",
+    "num_micro_batches",
+)
+
 
 def key_names(base_keys: set[str]) -> dict[str, str]:
     """The name each of our keys has in a group: itself, or ``sam_<name>`` where the base optimizer owns that name.
@@ -35,7 +48,24 @@ def key_names(base_keys: set[str]) -> dict[str, str]:
 def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex()
-    return isinstance(value, Real)
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def refuse_settings(group: dict[str, Any], base_keys: Iterable[str], names: dict[str, str], index: int) -> None:
+    """Refuses keys of a new group that look like ours and are read by nobody."""
+    owned = set(base_keys) | set(names.values())
+    for key in NOT_OF_A_GROUP:
+        if key in group and key not in owned:
+            raise ValueError(
+                f"{key} of parameter group {index}: expected one {key} for all groups, got {group[key]!r} in a group: pass "
+                f"{key}= to the constructor."
+            )
+    for name in names:
+        if PREFIX + name in group and PREFIX + name not in owned:
+            raise ValueError(
+                f"{PREFIX + name} of parameter group {index}: expected {name} because the base optimizer has no {name} of its "
+                f"own, got {PREFIX + name}={group[PREFIX + name]!r}: call it {name}."
+            )
 
 
 def check_group(group: dict[str, Any], names: dict[str, str], index: int) -> None:
@@ -56,6 +86,11 @@ def check_group(group: dict[str, Any], names: dict[str, str], index: int) -> Non
             "authors of ASAM do."
         )
     adaptive = group[names["adaptive"]]
+    if adaptive == "layerwise" and eta != 0:
+        raise ValueError(
+            f"{names['eta']} of parameter group {index}: expected 0 with adaptive='layerwise', whose T is a tensor's norm, got "
+            f"{eta!r}: leave it out, or use adaptive='all' or 'weights'."
+        )
     if not isinstance(adaptive, bool) and adaptive not in DEFINITIONS:
         raise ValueError(
             f"{names['adaptive']} of parameter group {index}: expected True, False or one of {', '.join(DEFINITIONS)}, got "

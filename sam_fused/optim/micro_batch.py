@@ -18,7 +18,7 @@ from sam_fused.compiled import not_traced
 
 from . import batches, groups
 from .accumulation import TOLERANCE, Accumulation
-from .closures import detached, evaluate, mean_loss
+from .closures import check_callable, detached, evaluate, mean_loss
 from .descent import Final
 from .sam import SAM, grad_of
 from .state import Control, Move, State
@@ -107,7 +107,8 @@ class MicroBatchSAM(SAM):
         micro-batch clears the gradients, calls ``closure(*micro_batch)`` (forward, backward, return the mean loss), perturbs,
         clears, calls it again, restores and adds up; the last micro-batch's restore is the base step. Gradients are None
         afterwards. Without a closure: the base step, after ``micro_batch`` blocks whose weights sum to 1. An
-        ``ascent_closure`` is called on each micro-batch in the first pass instead, as in ``SAM.step``.
+        ``ascent_closure`` is called on each micro-batch in the first pass instead, as in ``SAM.step``. While ``enabled`` is
+        False that is plain accumulation: one call for each micro-batch, their gradients added up as ever, the base step.
 
         With one micro-batch it takes what ``SAM.step`` takes, too: a closure without a batch, and ``first_pass_done``.
 
@@ -129,7 +130,7 @@ class MicroBatchSAM(SAM):
                         "backward on a micro-batch, or step() alone after micro_batch() blocks."
                     )
                 return self._take_step(None, ascent_closure)
-            if self._control.num_micro_batches == 1 and (first_pass_done or not batch):
+            if callable(closure) and self._control.num_micro_batches == 1 and (first_pass_done or not batch):
                 ascent = None if ascent_closure is None else partial(ascent_closure, *batch)
                 return self._take_step(partial(closure, *batch), ascent, first_pass_done)
             if first_pass_done:
@@ -137,6 +138,8 @@ class MicroBatchSAM(SAM):
                     f"step(closure, first_pass_done=True): expected one micro-batch, got {self._control.num_micro_batches}, "
                     "each with a first pass of its own: leave it out, or run both passes by hand with micro_batch()."
                 )
+            check_callable(closure, "step(closure, *batch)")
+            check_callable(ascent_closure, "step(closure, *batch, ascent_closure=)")
             self._refuse_scaled_closure()
             self._control.require(Move.STEP_CLOSURE)
             self._refuse_a_batch_between_passes()
@@ -153,14 +156,18 @@ class MicroBatchSAM(SAM):
         sizes = [size for _, size in pieces]
         samples = sum(sizes)
         clean_losses, perturbed_losses = [], []
-        first = closure if ascent_closure is None or not self._control.enabled else ascent_closure
+        two_losses = ascent_closure is not None and self._control.enabled
         try:
             for number, (arguments, size) in enumerate(pieces):
                 weight = size / samples
                 self._clear_gradients()
-                if self._control.same_dropout:
+                if self._control.same_dropout and self._control.enabled:
                     self.remember_randomness()
-                clean_losses.append(self._pass(first, arguments))
+                if two_losses:
+                    assert ascent_closure is not None
+                    self._pass(ascent_closure, arguments, returns_loss=False)
+                else:
+                    clean_losses.append(self._pass(closure, arguments))
                 perturbed = self._perturbed_until_error(same_step=number > 0) if self._control.enabled else nullcontext()
                 with perturbed:
                     if self._control.enabled:
@@ -176,24 +183,24 @@ class MicroBatchSAM(SAM):
             self._clear_gradients()  # half a batch's: nobody's to keep
             raise
         weights = [size / samples for size in sizes]
-        if first is not closure:
+        if two_losses:
             self._control.perturbed_loss = mean_loss(perturbed_losses, weights)
             return self._control.perturbed_loss
         return self._note_losses(clean_losses, perturbed_losses, weights)
 
     @not_traced
     def _note_losses(self, clean_losses: list[Any], perturbed_losses: list[Any], weights: list[float]) -> Any:
-        """The batch's losses, into ``losses`` if it was perturbed; returns the clean one."""
-        clean = mean_loss(clean_losses, weights)
+        """The batch's losses, into ``losses``; returns the clean one."""
+        clean = self._control.clean_loss = mean_loss(clean_losses, weights)
         if perturbed_losses:
-            self._control.clean_loss, self._control.perturbed_loss = clean, mean_loss(perturbed_losses, weights)
+            self._control.perturbed_loss = mean_loss(perturbed_losses, weights)
         return clean
 
-    def _pass(self, closure: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    def _pass(self, closure: Callable[..., Any], arguments: tuple[Any, ...], returns_loss: bool = True) -> Any:
         """One evaluation of the closure on a micro-batch, with what it has to leave behind checked."""
         loss = evaluate(self._control, closure, *arguments)
         is_scalar = isinstance(loss, Tensor) and loss.numel() == 1
-        if not is_scalar and (isinstance(loss, bool) or not isinstance(loss, Real)):
+        if returns_loss and not is_scalar and (isinstance(loss, bool) or not isinstance(loss, Real)):
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(
                 "step(closure, *batch): expected a closure that returns the micro-batch's mean loss, a scalar, got "

@@ -32,7 +32,7 @@ from .arguments import (
     own_values,
     refuse_hidden,
 )
-from .closures import Losses, detached, evaluate
+from .closures import Losses, check_callable, detached, evaluate
 from .definitions import scaling_of
 from .descent import Final, is_capturable
 from .state import Control, Move, State
@@ -103,7 +103,7 @@ class SAM(Wrapper):
             else None.
         ascent_overflows: how many first passes had a norm that was inf or NaN, so that the step was a plain base step: a 0-dim
             int64 tensor on the parameters' device.
-        losses: ``Losses`` of the last ``step(closure)``; None after a step by hand, or with a closure that returns nothing.
+        losses: ``Losses`` of the last ``step(closure)``; what it did not see is None in it.
         perturbation: ``PerturbationMetrics`` of the last ascent with ``track_perturbation``, or None.
 
     Raises:
@@ -182,6 +182,8 @@ class SAM(Wrapper):
         names = refuse_hidden(base, names, {name: value for name, value in values.items() if name in asked})
         check_limit(settings["max_grad_norm"])
         check_norm(settings["p"], settings["normalize"])
+        for index, group in enumerate(base.param_groups):
+            groups.refuse_settings(group, base.defaults, names, index)
         groups.fill(base, names, values)
         for group in base.param_groups:
             scaling_of(group, group[names["adaptive"]], settings["model"])
@@ -218,9 +220,7 @@ class SAM(Wrapper):
         return torch.zeros((), dtype=torch.int64) if overflows is None else overflows
 
     @property
-    def losses(self) -> Losses | None:
-        if self._control.perturbed_loss is None:
-            return None
+    def losses(self) -> Losses:
         return Losses(self._control.clean_loss, self._control.perturbed_loss)
 
     @property
@@ -245,11 +245,12 @@ class SAM(Wrapper):
             closure: re-evaluates the model; called twice, once while ``enabled`` is False.
             ascent_closure: called in the first pass instead, so that the weights are perturbed along another loss (Bi-SAM's
                 [2407.12993] is ``sam_fused.bisam_ascent_loss``) or another batch. Not called while ``enabled`` is False.
-            first_pass_done: the gradients of the first pass are already there; the closure is called once.
+            first_pass_done: the gradients of the first pass are already there; the closure is called once, and not at all while
+                ``enabled`` is False: they are the base step's then.
 
         Returns:
             The clean loss; the closure's own where it is not called at the clean weights, with ``ascent_closure`` or
-            ``first_pass_done``; None without a closure.
+            ``first_pass_done``; None without a closure, or where it is not called.
 
         Raises:
             RuntimeError: not possible in the present state; or a gradient is there that the first pass would drop; or the
@@ -265,6 +266,8 @@ class SAM(Wrapper):
         first_pass_done: bool = False,
     ) -> Any:
         """``step``, which torch has wrapped into hooks and a profiler's range: those are for one call of it."""
+        check_callable(closure, "step(closure)")
+        check_callable(ascent_closure, "step(closure, ascent_closure=)")
         self._refuse_unused_ascent_closure(closure, ascent_closure, first_pass_done)
         if closure is None:
             return self._step_without_closure()
@@ -297,16 +300,18 @@ class SAM(Wrapper):
             clean_loss = None
             if not first_pass_done:
                 self._clear_gradients()
+            if not self._control.enabled:
+                clean_loss = None if first_pass_done else evaluate(self._control, closure)
+                self._base_step()
+                self._control.clean_loss = detached(clean_loss)
+                return clean_loss
+            if not first_pass_done:
                 if self._control.same_dropout:
                     self.remember_randomness()
                 if ascent_closure is None:
                     clean_loss = evaluate(self._control, closure)
-                elif self._control.enabled:
+                else:
                     evaluate(self._control, ascent_closure)
-            if not self._control.enabled:
-                loss = clean_loss if ascent_closure is None and not first_pass_done else evaluate(self._control, closure)
-                self._base_step()
-                return loss
             with self._perturbed_until_error():
                 perturbed_loss = evaluate(self._control, closure)
                 self._base_step()
@@ -403,6 +408,8 @@ class SAM(Wrapper):
         control = self._control
         inv_scale = inverse_of(grad_scale)
         control.perturbation = None
+        if not same_step:
+            control.scale_unknown = False
         if not control.enabled:
             self._ascent.nothing()
             return
@@ -425,7 +432,7 @@ class SAM(Wrapper):
         capturable = is_capturable(control, base)
         groups = base.param_groups
         self._ascent.perturb(groups, params, grads, capturable=capturable, same_step=same_step, inv_scale=inv_scale)
-        control.scale_unknown = grad_scale is None and self._ascent.needs_scale(groups)
+        control.scale_unknown |= grad_scale is None and self._ascent.needs_scale(groups)
         if control.model is not None:
             if control.statistics is None:
                 control.statistics = RunningStatistics(control.model)
@@ -475,17 +482,30 @@ class SAM(Wrapper):
             self._refuse_unknown_scale()
             if scale is None:
                 self._refuse_unscaled_too_early()
+        if self._control.state is not State.CLEAN:
+            self._warn_of_no_gradients(final.grads)
         self._descent.stepped = False
         try:
             self._descent.step(self.base_optimizer, self._ascent, params, final)
             self._settle(State.CLEAN)
         except BaseException:
             if self._descent.stepped:  # an interrupt after the fact: the step is over, it must not be taken twice
+                self._descent.note_stepped(self._ascent)
                 self._give_up()
             raise
         self._control.clean_loss = self._control.perturbed_loss = None
         self._note_step()
         self._remember_gradients()
+
+    def _warn_of_no_gradients(self, grads: list[Tensor | None]) -> None:
+        """A second pass without backward would train nothing, and say nothing: every parameter is skipped as an unused one."""
+        if not self._control.warned and not any(map(is_not, grads, repeat(None))):
+            self._control.warned = True
+            warnings.warn(
+                "SAM: expected gradients from the second pass, found none on any parameter, so this step changes nothing; call "
+                "backward() at the perturbed weights.",
+                stacklevel=5,
+            )
 
     def _note_step(self) -> None:
         """What an LR scheduler looks for on either optimizer to know that a step was taken."""

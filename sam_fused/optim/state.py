@@ -132,12 +132,17 @@ class Control:
     # What surrounds the second pass: the model's running statistics, the first pass's random numbers.
     statistics: Any = None
     randomness: Any = None
-    scale_unknown: bool = False  # the last ascent depends on the gradients' size, and nobody told their loss scale
+    scale_unknown: bool = False  # an ascent of this step depends on the gradients' size, and nobody told their loss scale
     warned: bool = False  # that there was no gradient at all
 
     def settings(self) -> dict[str, Any]:
         """What the constructor was told and may have been changed since: all that outlives a pickle."""
         return {name: getattr(self, name) for name in SETTINGS}
+
+    def differing(self) -> dict[str, Any]:
+        """The settings that are not as they are when nothing is said; of a model, whose it is."""
+        changed = {name: value for name, value in self.settings().items() if value is not getattr(Control, name)}
+        return {name: type(value).__name__ if name == "model" else value for name, value in changed.items()}
 
     def readings(self) -> dict[str, Any]:
         """What a step leaves to be read."""

@@ -70,6 +70,7 @@ class Wrapper(Optimizer):
         base, known = self.base_optimizer, len(self.base_optimizer.param_groups)
         values = {name: self.defaults[key] for name, key in self._names.items()}
         candidate = {**base.defaults, **{key: values[name] for name, key in self._names.items()}, **param_group}
+        groups.refuse_settings(param_group, base.defaults, self._names, known)
         groups.check_group(candidate, self._names, known)
         base.add_param_group(param_group)
         try:
@@ -139,4 +140,6 @@ class Wrapper(Optimizer):
 
     def __repr__(self) -> str:
         own, base = type(self).__name__, type(self.base_optimizer).__name__
-        return f"{own} around {super().__repr__()}".replace(f"{own} (", f"{base} (", 1)
+        told = ", ".join(f"{name}={value!r}" for name, value in self._control.differing().items())
+        groups = super().__repr__().replace(f"{own} (", f"{base} (", 1)
+        return f"{own}({told}) around {groups}" if told else f"{own} around {groups}"

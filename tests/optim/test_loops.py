@@ -169,7 +169,7 @@ def test_the_closure_is_called_twice_and_the_clean_loss_returned(backend, base):
 def test_losses_are_the_clean_and_the_perturbed_one_detached(backend):
     w = parameter([3.0, 4.0])
     optimizer = make([w], BASES["SGD"], backend, rho=0.5)
-    assert optimizer.losses is None
+    assert optimizer.losses == (None, None) and optimizer.losses.rise is None
     optimizer.step(backward_of(lambda: 0.5 * (w**2).sum()))
     losses = optimizer.losses
     assert isinstance(losses, sam_fused.Losses)
@@ -203,8 +203,9 @@ def test_losses_are_those_of_the_last_step_with_a_closure(backend):
     optimizer.step(evaluate)
     stale = optimizer.losses.perturbed
     optimizer.enabled = False
-    optimizer.step(evaluate)
-    assert optimizer.losses is None or optimizer.losses.perturbed is not stale
+    clean = optimizer.step(evaluate)
+    assert stale is not None and optimizer.losses.perturbed is None and optimizer.losses.rise is None
+    assert torch.equal(optimizer.losses.clean, clean) and not optimizer.losses.clean.requires_grad
 
 
 @pytest.mark.parametrize("value", [None, 1.5, "tensor without gradient"], ids=str)
@@ -868,3 +869,47 @@ def test_adam_takes_a_generator_of_named_parameters(backend):
     assert optimizer.param_groups[0]["param_names"] == names
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.step(case.evaluate)
+
+
+@pytest.mark.parametrize("wrong", ["closure", torch.ones(()), 3])
+def test_what_is_no_closure_is_refused_before_anything(wrong):
+    """A loss in the place of the function that computes it is the likely slip."""
+    case = Regression()
+    case.evaluate()
+    held, before = [param.grad for param in case.params], snapshot(case.params)
+    one = sam_fused.SAM(case.params, torch.optim.SGD, lr=0.1)
+    several = sam_fused.MicroBatchSAM(case.params, torch.optim.SGD, num_micro_batches=2, lr=0.1)
+    attempts = (
+        lambda: one.step(wrong),
+        lambda: one.step(case.evaluate, ascent_closure=wrong),
+        lambda: several.step(wrong, case.x),
+        lambda: several.step(case.evaluate, case.x, ascent_closure=wrong),
+    )
+    for attempt in attempts:
+        with pytest.raises(TypeError) as error:
+            attempt()
+        assert_one_sentence(error.value, "expected a function", type(wrong).__name__)
+    assert all(param.grad is grad for param, grad in zip(case.params, held, strict=True))
+    assert_same_bits(snapshot(case.params), before)
+
+
+@pytest.mark.parametrize("form", ["perturbed", "first_second"])
+def test_a_second_pass_without_backward_is_said_once(backend, form):
+    """It would train nothing, in every step, and silently."""
+    case = Regression()
+    optimizer = make(case.params, BASES["SGD"], backend)
+    before = snapshot(case.params)
+    with pytest.warns(UserWarning, match="from the second pass") as caught:
+        for _ in range(2):
+            optimizer.zero_grad()
+            case.evaluate()
+            if form == "perturbed":
+                with optimizer.perturbed():
+                    case.loss()
+                optimizer.step()
+            else:
+                optimizer.first_step(zero_grad=True)
+                case.loss()
+                optimizer.second_step()
+    assert len(caught) == 1
+    assert_same_bits(snapshot(case.params), before)

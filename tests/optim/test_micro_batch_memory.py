@@ -142,7 +142,9 @@ def test_settings_survive_copies(backend):
     for again in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         assert type(again) is MicroBatchSAM and again.num_micro_batches == 3 and again.max_grad_norm == 2.0
         assert_same_state(snapshot_state(again), snapshot_state(optimizer))
-    assert repr(optimizer).startswith("MicroBatchSAM around SGD (")
+    assert repr(optimizer).startswith(
+        f"MicroBatchSAM(backend={backend!r}, max_grad_norm=2.0, num_micro_batches=3) around SGD ("
+    )
 
 
 def test_schedulers_and_hooks(backend):

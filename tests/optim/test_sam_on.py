@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from sam_fused import SAM, norm_parameters
+from sam_fused import SAM, MicroBatchSAM, norm_parameters
 from tests.devices import default
 from tests.optim.helpers import (
     backups_of,
@@ -26,6 +26,22 @@ def test_two_steps_of_sam_on_by_hand(backend, form):
         assert [off.item(), on.item()] == pytest.approx(expected, abs=ABS)
 
 
+def test_two_steps_of_sam_on_over_micro_batches_by_hand(backend):
+    """Curvatures 1 and 5, each in a micro-batch of its own, are perturbed by rho each: w_2 - .1 mean(1, 5) (w_2 + .5)."""
+    on, off = parameter([1.0]), parameter([3.0])
+    groups = [{"params": [off], "perturb": False}, {"params": [on]}]
+    optimizer = MicroBatchSAM(groups, SGD, num_micro_batches=2, lr=0.1, rho=0.5, backend=backend)
+
+    def closure(curvature):
+        loss = 0.5 * (off * off + curvature * on * on).sum()
+        loss.backward()
+        return loss
+
+    for expected in ((2.7, 0.55), (2.43, 0.235)):
+        optimizer.step(closure, torch.tensor([1.0, 5.0], dtype=torch.float64, device=default()))
+        assert [off.item(), on.item()] == pytest.approx(expected, abs=ABS)
+
+
 def test_sam_on_backs_up_what_it_perturbs_and_nothing_else(backend):
     """Of 2,140 parameters the 40 of the norm layer: their bytes rounded up to cache lines, twice over and no more."""
     model = torch.nn.Sequential(torch.nn.Linear(40, 20), torch.nn.LayerNorm(20), torch.nn.Linear(20, 62))
@@ -42,6 +58,8 @@ def test_sam_on_backs_up_what_it_perturbs_and_nothing_else(backend):
         assert 2 * 20 * 4 * copies <= optimizer.buffer_bytes <= copies * (2 * 128 + 64)
         assert len(backups_of(optimizer)) == 2
         optimizer.step()
+        optimizer.release_buffers()
+        assert optimizer.buffer_bytes == 0
 
 
 def test_the_norm_is_over_the_norm_layers_alone(backend):

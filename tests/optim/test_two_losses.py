@@ -67,6 +67,31 @@ def test_each_pass_has_its_batch_and_its_loss(backend):
     assert_same_bits(snapshot(task.params), snapshot(by_hand.params))
 
 
+def test_two_losses_over_micro_batches_may_be_one_and_the_first_is_not_looked_at(backend):
+    """As with SAM: the returned loss is that at w + e, whoever computes it, and the ascent's own is thrown away."""
+    found = []
+    for cls, count in ((SAM, None), (MicroBatchSAM, 1), (MicroBatchSAM, 2)):
+        w = parameter([1.0, 2.0])
+        optimizer = cls([w], SGD, lr=0.1, rho=0.5, backend=backend, **({} if count is None else {"num_micro_batches": count}))
+
+        def closure(*_, w=w):
+            loss = 0.5 * (w * w).sum()
+            loss.backward()
+            return loss
+
+        def silent(*_, closure=closure):
+            closure()
+
+        batch = () if count is None else (torch.ones(2, device=w.device),)
+        for ascent in (closure, silent):
+            loss = optimizer.step(closure, *batch, ascent_closure=ascent)
+            found.append(loss.item())
+            assert optimizer.losses.perturbed.item() == loss.item() and optimizer.losses.rise is None
+    length = math.sqrt(5) + 0.5
+    assert found[::2] == pytest.approx([0.5 * length**2] * 3, abs=ABS)
+    assert found[1::2] == pytest.approx([0.5 * (math.sqrt(5) - 0.1 * length + 0.5) ** 2] * 3, abs=ABS)
+
+
 def test_two_losses_over_micro_batches(backend):
     task, by_hand = Regression(torch.float32), Regression(torch.float32)
     optimizer = MicroBatchSAM(task.params, SGD, num_micro_batches=2, lr=0.1, rho=0.2, backend=backend)
@@ -91,6 +116,7 @@ def test_two_losses_over_micro_batches(backend):
                 losses.append(over(by_hand, mse)(by_hand.x[rows], by_hand.y[rows]).item())
         reference.step()
         assert loss.item() == pytest.approx(sum(losses) / 2, rel=1e-6)
+        assert torch.equal(optimizer.losses.perturbed, loss) and optimizer.losses.clean is None
     assert_same_bits(snapshot(task.params), snapshot(by_hand.params))
 
 
@@ -151,8 +177,45 @@ def test_the_ascent_loss_of_bisam():
     assert two.item() == pytest.approx((math.log(1 + math.exp(t) + math.exp(-t)) + math.log(sum(map(math.exp, ahead)))) / 2)
 
 
+def test_two_steps_of_bisam_by_hand(backend):
+    """Logits w, class 0. phi_j = tanh(.1 (w_j - w_0)), slope_j = softmax(phi)_j .1 (1 - phi_j^2): e is along (-sum, slope_1,
+    slope_2), which the cross-entropy's own gradient, (-1, 1, 0) here, is not. Then w - .1 (softmax(w + e) - (1, 0, 0))."""
+    w, y = parameter([[0.0, 10.0, -10.0]]), torch.tensor([0])
+    optimizer = SAM([w], SGD, lr=0.1, rho=0.5, backend=backend)
+    cross_entropy = torch.nn.functional.cross_entropy
+
+    def softmax(values):
+        powers = [math.exp(value) for value in values]
+        return [power / sum(powers) for power in powers]
+
+    expected = [0.0, 10.0, -10.0]
+    for _ in range(2):
+        optimizer.step(backward_of(lambda: cross_entropy(w, y)), ascent_closure=backward_of(lambda: bisam_ascent_loss(w, y)))
+        phi = [math.tanh(0.1 * (value - expected[0])) for value in expected]
+        slopes = [share * 0.1 * (1 - own**2) for share, own in zip(softmax(phi), phi, strict=True)]
+        direction = [-slopes[1] - slopes[2], slopes[1], slopes[2]]
+        moved = [value + 0.5 * d / math.hypot(*direction) for value, d in zip(expected, direction, strict=True)]
+        shares = softmax(moved)
+        expected = [value - 0.1 * (s - (j == 0)) for j, (value, s) in enumerate(zip(expected, shares, strict=True))]
+        assert w[0].tolist() == pytest.approx(expected, abs=ABS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bisam_of_half_logits_is_computed_in_fp32(dtype):
+    logits, y = torch.randn(4, 100).to(dtype).requires_grad_(), torch.arange(4)
+    loss = bisam_ascent_loss(logits, y)
+    exact = bisam_ascent_loss(logits.detach().double(), y)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=1e-6)
+    loss.backward()
+    assert logits.grad.dtype == dtype and logits.grad.abs().max() > 0
+    extreme = torch.tensor([[60000.0, -60000.0]]).to(dtype)
+    assert bisam_ascent_loss(extreme, torch.tensor([1]), mu=10).item() == pytest.approx(
+        math.log(1 + math.exp(10)) / 10, rel=1e-4
+    )
+
+
 def test_bisam_descends_the_cross_entropy(backend):
-    """The two passes of a step, with the gradients written out."""
+    """The two passes of a step on a linear layer, against autograd's own gradients."""
     torch.manual_seed(1)
     model = torch.nn.Linear(4, 3).double()
     mirror = torch.nn.Linear(4, 3).double()
@@ -183,9 +246,12 @@ def test_bisam_descends_the_cross_entropy(backend):
         ({"mu": 0.0}, ("mu", "0.0")),
         ({"alpha": math.inf}, ("alpha", "inf")),
         ({"targets": torch.zeros(3, dtype=torch.int64)}, ("logits", "[samples, classes]")),
+        ({"targets": torch.zeros(2)}, ("targets", "int64", "float32")),
+        ({"targets": [0, 1]}, ("targets", "list")),
+        ({"logits": "x"}, ("logits", "str")),
     ],
 )
 def test_bad_input_of_the_bisam_loss(arguments, words):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((ValueError, TypeError)) as error:
         bisam_ascent_loss(**{"logits": torch.zeros(2, 3), "targets": torch.zeros(2, dtype=torch.int64), **arguments})
     assert_one_sentence(error.value, *words)

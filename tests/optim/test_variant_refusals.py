@@ -17,8 +17,6 @@ from tests.optim.helpers import (
 )
 from tests.optim.variants import trained
 
-ABS = 1e-11
-
 
 class Parametrised(torch.nn.Module):
     def forward(self, x):
@@ -87,12 +85,18 @@ def test_weights_without_names_are_refused():
     with pytest.raises(ValueError):
         optimizer.add_param_group({"params": task.model[3].weight, "adaptive": "weights"})
     assert len(optimizer.param_groups) == 1
-    optimizer.param_groups[0]["param_names"] = None
-    del optimizer.param_groups[0]["param_names"]
+    with pytest.raises(ValueError):
+        SAM([{"params": task.params[:1]}, {"params": task.params[1:], "adaptive": "weights"}], SGD, lr=0.1)
     task.evaluate()
     before = snapshot(task.params)
+    names = optimizer.param_groups[0].pop("param_names")
     with pytest.raises(ValueError):
         optimizer.first_step()
+    optimizer.param_groups[0]["param_names"] = names
+    optimizer.param_groups[0]["params"].append(task.model[3].weight)
+    with pytest.raises(ValueError) as error:
+        optimizer.first_step()
+    assert_one_sentence(error.value, "2 names", "group of 3", "add_param_group()")
     assert_same_bits(snapshot(task.params), before)
 
 
@@ -111,6 +115,8 @@ def test_weights_without_names_are_refused():
         ({"p": "inf"}, ("p:", "'inf'")),
         ({"normalize": 0}, ("normalize", "True or False", "0")),
         ({"normalize": False, "p": math.inf}, ("normalize", "p=inf")),
+        ({"adaptive": "layerwise", "eta": 0.1}, ("eta", "expected 0", "layerwise")),
+        ({"rho": True}, ("rho", "True")),
     ],
     ids=str,
 )
@@ -120,7 +126,7 @@ def test_bad_input(options, words):
         SAM(task.params, SGD, lr=0.1, **options)
     assert_one_sentence(error.value, *words)
     if options.keys() & {"p", "normalize"}:
-        return
+        return  # these are no group's
     with pytest.raises(ValueError) as error:
         SAM([{"params": task.params, **options}], SGD, lr=0.1)
     assert_one_sentence(error.value, *words)
@@ -135,6 +141,49 @@ def test_bad_input(options, words):
         optimizer.first_step()
     assert_one_sentence(error.value, *words)
     assert_same_bits(snapshot(task.params), before)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("p", math.inf), ("normalize", False), ("max_grad_norm", 1.0), ("same_dropout", True), ("num_micro_batches", 2)],
+)
+def test_settings_of_all_groups_are_refused_in_one(key, value):
+    """There they would be read by nobody: plain SAM, silently."""
+    task = Regression()
+    with pytest.raises(ValueError) as error:
+        SAM([{"params": task.params, key: value}], SGD, lr=0.1)
+    assert_one_sentence(error.value, f"{key} of parameter group 0", f"{key}= to the constructor")
+    optimizer = SAM(task.params[:2], SGD, lr=0.1)
+    with pytest.raises(ValueError) as error:
+        optimizer.add_param_group({"params": task.params[2:], key: value})
+    assert_one_sentence(error.value, f"{key} of parameter group 1")
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_prefix_that_is_not_needed_is_refused_and_keys_of_the_base_are_its_own():
+    task = Regression()
+    with pytest.raises(ValueError) as error:
+        SAM([{"params": task.params, "sam_rho": 0.3}], SGD, lr=0.1)
+    assert_one_sentence(error.value, "sam_rho", "call it rho")
+    optimizer = SAM([{"params": task.params, "sam_rho": 0.3}], Adadelta, lr=0.1)
+    assert optimizer.param_groups[0]["sam_rho"] == 0.3
+
+    class WithALimit(SGD):
+        def __init__(self, params, max_grad_norm=1.0, **kwargs):
+            super().__init__(params, **kwargs)
+            self.defaults["max_grad_norm"] = max_grad_norm
+            for group in self.param_groups:
+                group.setdefault("max_grad_norm", max_grad_norm)
+
+    SAM([{"params": task.params, "max_grad_norm": 3.0}], WithALimit, lr=0.1)
+
+
+def test_what_is_no_group_s_is_shown():
+    """A run that is resumed without it can be told from the other one."""
+    task = Regression()
+    assert repr(SAM(task.params, SGD, lr=0.1)).startswith("SAM around SGD (")
+    optimizer = SAM(task.params, SGD, lr=0.1, p=math.inf, model=task.model, max_grad_norm=1.0)
+    assert repr(optimizer).startswith("SAM(p=inf, max_grad_norm=1.0, model='Sequential') around SGD (")
 
 
 class WithoutDecay(torch.optim.Optimizer):

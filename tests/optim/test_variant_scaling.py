@@ -16,9 +16,6 @@ from tests.optim.helpers import (
 )
 from tests.optim.variants import VARIANTS, trained, variants
 
-ABS = 1e-11
-
-
 NEEDS_SCALE = {key: options for key, options in VARIANTS.items() if key.startswith(("unnormalised", "decay"))}
 
 
@@ -65,6 +62,36 @@ def test_a_loss_scale_that_is_not_told_is_refused_where_it_matters(backend, opti
     optimizer.restore()
     optimizer.zero_grad()
     optimizer.step(task.evaluate)
+
+
+@pytest.mark.parametrize("told", [(True, True), (True, False), (False, True), (False, False)])
+def test_every_micro_batch_is_to_be_told(backend, told):
+    """L = |w|^2 / 2, both halves alike, e = .1 w: w - .1 1.1 w. One that was not told would be off a thousand times."""
+    w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = MicroBatchSAM([w], SGD, num_micro_batches=2, lr=0.1, rho=0.1, normalize=False, backend=backend)
+    scaler = torch.amp.GradScaler(default().type, init_scale=1024.0)
+    for known in told:
+        optimizer.zero_grad()
+        scaler.scale(0.5 * (w * w).sum()).backward()
+        with optimizer.micro_batch(0.5, **({"grad_scale": scaler.get_scale()} if known else {})):
+            scaler.scale(0.5 * (w * w).sum()).backward()
+    if all(told):
+        scaler.step(optimizer)
+        assert w.tolist() == pytest.approx([0.89, 1.78], rel=1e-6)
+        return
+    with pytest.raises(RuntimeError) as error:
+        scaler.step(optimizer)
+    assert_one_sentence(error.value, "grad_scale=scaler.get_scale()")
+    optimizer.restore()
+    assert w.tolist() == [1.0, 2.0]
+
+
+def test_switched_off_no_scale_is_asked_for(backend):
+    task = Regression(torch.float32)
+    optimizer = SAM(task.params, SGD, lr=0.1, rho=0.2, normalize=False, backend=backend)
+    optimizer.step(task.evaluate)
+    optimizer.enabled = False
+    scaled_steps(task, optimizer, torch.amp.GradScaler(default().type, init_scale=1024.0), False)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf, "1", True])

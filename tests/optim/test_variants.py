@@ -3,13 +3,16 @@
 The hand-worked problems are L = 1/2 sum_i a_i w_i^2, whose gradient is a w, with SGD: after one step w - lr a (w + e).
 """
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 from torch.optim import SGD, AdamW
 
 from sam_fused import SAM, MicroBatchSAM, norm_parameters
+from sam_fused.optim.state import State
 from tests.optim.helpers import (
     DTYPES,
     Regression,
@@ -19,6 +22,7 @@ from tests.optim.helpers import (
     snapshot,
     take_step,
 )
+from tests.optim.interrupts import interrupted_everywhere
 from tests.optim.variants import VARIANTS, defined, trained, variants
 
 ABS = 1e-11
@@ -114,6 +118,110 @@ def test_against_the_definition(backend, dtype, options):
             bound = ULPS[dtype] * (w.abs() + 2 * e.abs())
             assert ((param.detach().double() - (w + e)).abs() <= bound).all()
     assert_same_bits(snapshot(task.params), before)
+
+
+def moved_by(optimizer):
+    """e of a first pass whose gradients are there, group by group."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    clean = [param.detach().double().clone() for param in params]
+    with optimizer.perturbed():
+        return [param.detach().double() - w for param, w in zip(params, clean, strict=True)]
+
+
+def test_groups_have_values_of_their_own(backend):
+    """eta, decay and definition by group; one norm over all of them: that of (T_1 d_1, T_2 d_2, T_3 g_3)."""
+    starts = [1.0, 2.0], [3.0, 4.0], [2.0, -1.0]
+    slopes = [0.5, -1.0], [2.0, 1.0], [0.5, 3.0]
+    own = {"eta": 0.1, "weight_decay": 0.3}, {"eta": 0.7, "weight_decay": 0.9}, {"weight_decay_in_ascent": False, "rho": 0.25}
+    params = [parameter(start) for start in starts]
+    groups = [{"params": [param], **values} for param, values in zip(params, own, strict=True)]
+    optimizer = SAM(groups, SGD, lr=0.1, rho=0.5, adaptive="all", weight_decay_in_ascent=True, perturb_eps=0.0, backend=backend)
+    for param, slope in zip(params, slopes, strict=True):
+        param.grad = torch.tensor(slope, dtype=torch.float64)
+    directions = [
+        param.grad + values.get("weight_decay", 0.0) * param.detach() for param, values in zip(params, own, strict=True)
+    ]
+    scales = [param.detach().abs() + values.get("eta", 0.0) for param, values in zip(params, own, strict=True)]
+    norm = torch.cat([t * d for t, d in zip(scales, directions, strict=True)]).norm()
+    for e, t, d, rho in zip(moved_by(optimizer), scales, directions, (0.5, 0.5, 0.25), strict=True):
+        torch.testing.assert_close(e, rho * t * t * d / norm, rtol=1e-12, atol=1e-14)
+
+
+def mixed_groups(backend, base=SGD, **options):
+    """Half of the weights perturbed as the kernels do it, and half along a direction that is written out."""
+    plain, written = parameter([3.0, 4 / 3]), parameter([1.0, 1.0, -0.5])
+    groups = [{"params": [plain]}, {"params": [written], "adaptive": "all", "eta": 0.5}]
+    optimizer = SAM(groups, base, **{"lr": 0.1, "rho": 0.05, **options}, backend=backend)
+    return optimizer, [plain, written], backward_of(lambda: (plain**2).sum() + (written**4).sum())
+
+
+def test_what_the_kernels_form_is_not_written_out_beside_what_they_do_not(backend):
+    """Memory: the backups of all, and direction and scale of the small group alone. And one norm: ||(e_1, T^-1 e_2)|| = rho."""
+    large, small = parameter(torch.randn(4096)), parameter(torch.randn(16))
+    optimizer = SAM([{"params": [large]}, {"params": [small], "adaptive": "all", "eta": 0.1}], SGD, lr=0.1, backend=backend)
+    scale = small.detach().abs() + 0.1
+    large.grad, small.grad = torch.randn(4096).double(), torch.randn(16).double()
+    e = moved_by(optimizer)
+    assert torch.hypot(e[0].norm(), (e[1] / scale).norm()).item() == pytest.approx(0.05, rel=1e-10)
+    assert 8 * (4112 + 32) <= optimizer.buffer_bytes <= 8 * (4112 + 32) + 6 * 128
+    optimizer.release_buffers()
+    assert optimizer.buffer_bytes == 0
+
+
+@pytest.mark.parametrize("base", ["SGD", "RMSprop"])
+def test_interrupted_anywhere_weights_of_two_kinds_of_groups_are_clean_or_stepped(backend, base):
+    """Two parts of one device: the base step restores both in its pass, and an interrupt after it must not undo that."""
+    options = {"momentum": 0.9} if base == "SGD" else {}
+    cls = getattr(torch.optim, base)
+
+    def begin():
+        optimizer, params, evaluate = mixed_groups(backend, cls, **options)
+        optimizer.step(evaluate)
+        optimizer.zero_grad()
+        return optimizer, params, evaluate
+
+    optimizer, params, evaluate = begin()
+    optimizer.step(evaluate)
+    stepped = snapshot(params)
+
+    def prepare():
+        optimizer, params, evaluate = begin()
+        before = snapshot(params)
+
+        def check():
+            now = snapshot(params)
+            if optimizer._control.state is not State.CLEAN:
+                return f"state {optimizer._control.state}"
+            if any(all(map(torch.equal, now, expected)) for expected in (before, stepped)):
+                return None
+            return "weights neither clean nor stepped"
+
+        return lambda: optimizer.step(evaluate), check
+
+    interrupted_everywhere(prepare)
+
+
+def test_layerwise_lengths_are_as_exact_as_their_tensor(backend):
+    """An fp64 tensor behind an fp32 one, where nothing is divided by a norm that both share."""
+    narrow, wide = parameter([0.1, 0.2], torch.float32), parameter([0.3, 0.4])
+    optimizer = SAM([narrow, wide], SGD, lr=0.1, rho=0.5, p=math.inf, adaptive="layerwise", backend=backend)
+    narrow.grad, wide.grad = torch.ones(2), torch.tensor([1.0, -1.0], dtype=torch.float64)
+    assert moved_by(optimizer)[1].tolist() == pytest.approx([0.25, -0.25], abs=1e-15)
+
+
+@variants
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda task: pickle.loads(pickle.dumps(task))], ids=["deepcopy", "pickle"])
+def test_copies_perturb_alike(options, copied):
+    task = Regression(torch.float32)
+    optimizer = SAM(task.model.named_parameters(), SGD, lr=0.1, rho=0.2, momentum=0.9, **options)
+    optimizer.step(task.evaluate)
+    task.model.zero_grad()
+    other_model, other = copied((task.model, optimizer))
+    mirror = Regression(torch.float32)
+    mirror.model = other_model
+    optimizer.step(task.evaluate)
+    other.step(mirror.evaluate)
+    assert_same_bits(snapshot(mirror.params), snapshot(task.params))
 
 
 @variants
@@ -298,15 +406,16 @@ def test_maximizing_perturbs_downhill_of_the_decayed_objective(backend):
 @variants
 @pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
 def test_a_gradient_that_is_zero_or_not_finite_moves_nothing(backend, options, value):
-    options = {key: entry for key, entry in options.items() if "decay" not in key}
     task = Regression(torch.float32)
     optimizer = SAM(task.model.named_parameters(), SGD, lr=0.1, rho=0.5, backend=backend, **options)
     for param in task.params:
         param.grad = torch.zeros_like(param)
     task.params[0].grad[0, 0] = value
     before = snapshot(task.params)
+    decays = value == 0 and "weight_decay_in_ascent" in options  # the direction is the decay's then
     with optimizer.perturbed():
-        assert_same_bits(snapshot(task.params), before)
+        assert all(map(torch.equal, snapshot(task.params), before)) != decays
+    assert_same_bits(snapshot(task.params), before)
     assert int(optimizer.ascent_overflows) == (not math.isfinite(value))
 
 
@@ -331,7 +440,7 @@ def test_what_is_asked_for_is_what_is_measured(backend, options):
 
 
 def test_values_that_change_between_steps_are_seen(backend):
-    """Also those that change what the kernels can do by themselves: eta from 0, a decay, p."""
+    """Also those that change what the kernels can do by themselves: eta from 0, a decay."""
     w = parameter([3.0, 4.0])
     optimizer = SAM([w], SGD, lr=0.1, rho=0.5, adaptive="all", weight_decay=2.0, backend=backend)
     (group,) = optimizer.param_groups

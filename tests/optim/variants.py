@@ -48,9 +48,6 @@ def defined(names, weights, grads, rho, options):
     return [rho * t * t * g / (norm if options.get("normalize", True) else 1) for t, g in zip(scales, grads, strict=True)]
 
 
-# Of what moves: the storage's rounding of w + e, and the arithmetic's.
-
-
 def trained(backend, form="closure", steps=3, dtype=torch.float32, cls=SAM, base=SGD, prepare=None, **options):
     """The bits of the weights after some steps."""
     task = Regression(dtype)
