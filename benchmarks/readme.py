@@ -1,7 +1,7 @@
-"""Publishes a run: `python -m benchmarks.readme [JSON]` copies its files to `benchmarks/results/published` and into its page.
+"""Publishes a run: `python -m benchmarks.readme [JSON]` copies its files to `benchmarks/results/published` and into its pages.
 
-Without an argument that is the run of `benchmarks.throughput`; `benchmarks/results/micro-batch-2threads.json` and
-`late-switch-2threads.json` are the others. These figures are never typed: `tests/test_readme.py` and
+Without an argument that is the run of `benchmarks.throughput`; `micro-batch-2threads.json`, `late-switch-2threads.json` and
+`ascents-2threads.json` beside it are the others. These figures are never typed: `tests/test_readme.py` and
 `tests/benchmarks/test_bench_readme.py` hold the README and `docs/choosing.md` to the published files.
 """
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ascents import ascents_section
 from benchmarks.cases import SETS
 from benchmarks.late_switch import late_switch_section
 from benchmarks.micro_batch_readme import micro_batch_section
@@ -103,11 +104,36 @@ def section(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+FORMS = {
+    "ours_native_first_second": "`first_step`, `second_step`",
+    "ours_native_closure": "`step(closure)`, which clears the gradients, too",
+    "ours_native_perturbed": "`perturbed()`, whose exit restores",
+}
+
+
+def forms_section(report: dict[str, Any]) -> str:
+    """The Markdown of `docs/choosing.md` about the forms of a step."""
+    machine, rows = report["machine"], _rows(report, "sgd")
+    names = list(dict.fromkeys(row["set"] for row in report["rows"]))
+    lines = [
+        f"Milliseconds of the optimizer side of a step, SGD with momentum, fp32, {machine['torch_threads']} threads, "
+        f"{machine['cpu']}, {machine['cores']} cores; `{report['run']['command']}`:",
+        "",
+        f"| | accesses of SAM | {' | '.join(set_title(SETS[name]) for name in names)} |",
+        "| --- | --- |" + " --- |" * len(names),
+    ]
+    for variant, title in FORMS.items():
+        cells = [f"{rows[name, variant]['median_ms']:.3g}" for name in names]
+        lines.append(f"| {title} | {rows[names[0], variant]['accesses_sam']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"`benchmarks/results/published/{RESULTS.stem}.json` has the quartiles."])
+
+
 @dataclass(frozen=True)
 class Section:
-    """A part of a page between `<!-- name:begin -->` and `<!-- name:end -->`, and the file that it is written from."""
+    """A part of a page between `<!-- name:begin -->` and `<!-- name:end -->`, the benchmark and the file that it is from."""
 
     name: str
+    benchmark: str
     stem: str
     render: Callable[[Any], str]
     files: tuple[str, ...] = (".csv", ".png")  # beside the JSON
@@ -119,10 +145,15 @@ class Section:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-MEASURED = Section("measured", RESULTS.stem, section)
-MICRO_BATCH = Section("micro-batch", "micro-batch-2threads", micro_batch_section, (".csv", ".png", "-growth.png"))
-LATE_SWITCH = Section("late-switch", "late-switch-2threads", late_switch_section, (), "docs/choosing.md")
-SECTIONS = (MEASURED, MICRO_BATCH, LATE_SWITCH)
+CHOOSING = "docs/choosing.md"
+MEASURED = Section("measured", "throughput", RESULTS.stem, section)
+FORMS_OF_A_STEP = Section("forms", "throughput", RESULTS.stem, forms_section, page=CHOOSING)
+MICRO_BATCH = Section(
+    "micro-batch", "micro_batch", "micro-batch-2threads", micro_batch_section, (".csv", ".png", "-growth.png")
+)
+LATE_SWITCH = Section("late-switch", "late_switch", "late-switch-2threads", late_switch_section, (), CHOOSING)
+ASCENTS = Section("ascents", "ascents", "ascents-2threads", ascents_section, (), CHOOSING)
+SECTIONS = (MEASURED, FORMS_OF_A_STEP, MICRO_BATCH, LATE_SWITCH, ASCENTS)
 
 
 def rewritten(page: str, report: Any, part: Section = MEASURED) -> str:
@@ -138,12 +169,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     path = Path(given[0]) if given else RESULTS
     report = json.loads(path.read_text(encoding="utf-8"))
-    part = MICRO_BATCH if "growth" in report else LATE_SWITCH if "goal" in report else MEASURED
+    benchmark = report["run"]["command"].split()[2].removeprefix("benchmarks.")
     PUBLISHED.mkdir(exist_ok=True)
-    for suffix in (".json", *part.files):
-        shutil.copyfile(path.with_name(path.stem + suffix), PUBLISHED / f"{part.stem}{suffix}")
-    page = ROOT / part.page
-    page.write_text(rewritten(page.read_text(encoding="utf-8"), report, part), encoding="utf-8")
+    for part in (part for part in SECTIONS if part.benchmark == benchmark):
+        for suffix in (".json", *part.files):
+            shutil.copyfile(path.with_name(path.stem + suffix), PUBLISHED / f"{part.stem}{suffix}")
+        page = ROOT / part.page
+        page.write_text(rewritten(page.read_text(encoding="utf-8"), report, part), encoding="utf-8")
     return 0
 
 

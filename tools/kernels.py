@@ -39,18 +39,31 @@ class Proof:
 
 TWO_AT_A_TIME = ("--numprocesses=2", "--dist=loadgroup")
 
+# What the optimizer makes of the kernels where its path differs: every variant, alone and over micro-batches.
+VARIANTS = (
+    "tests/optim/test_variants.py",
+    "tests/optim/test_sam_on.py",
+    "tests/optim/test_two_losses.py",
+    "tests/optim/test_variant_scaling.py",
+)
+
 PROOFS = (
     Proof("planner", (Run(("tests/csrc/test_plan.py",)),)),
     Proof("shared-math", (Run(("tests/csrc/test_element.py", "tests/kernels/test_shared_math.py")),)),
     Proof(
         "emulation",
-        (Run(("tests/kernels/test_emulation.py", "tests/kernels/test_emulated_*.py"), options=TWO_AT_A_TIME),),
+        (
+            Run(("tests/kernels/test_emulation.py", "tests/kernels/test_emulated_*.py"), options=TWO_AT_A_TIME),
+            Run(VARIANTS, options=("--backends=emulated", *TWO_AT_A_TIME)),
+        ),
     ),
     Proof("wheel", (Run(("tests/kernels/test_wheel_*.py",)),), needs_cuda_torch=True),
     Proof(
         "triton",
         (
             Run(("tests/kernels/test_triton_interpreted.py",), {"TRITON_INTERPRET": "1"}, TWO_AT_A_TIME),
+            # Without the tests that take a step for each of its lines: interpreted, that is an hour.
+            Run(VARIANTS, {"TRITON_INTERPRET": "1"}, ("--backends=triton", "-k=not interrupted", *TWO_AT_A_TIME)),
             Run(("tests/kernels/test_triton_backend.py", "tests/kernels/test_triton_compiled.py"), {"TRITON_INTERPRET": "0"}),
         ),
     ),
