@@ -4,9 +4,10 @@ from .batches import batch_loss
 from .directions import filter_normalized, random_direction
 from .estimate import Estimate
 from .hessian import EigenvaluesNotConverged, Spectrum, alignment, hessian_trace, top_eigenvalues
-from .landscape import Line, Plane, along, between, plane
+from .landscape import along, between, plane
 from .radius import WorstDirection, ascent_sharpness, average_sharpness, worst_sharpness
 from .report import SharpnessReport, measure
+from .sections import Line, Plane
 from .surface import LossSurface, Point
 
 __all__ = [

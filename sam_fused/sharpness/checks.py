@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from numbers import Integral, Real
 from types import ModuleType
 from typing import Any
@@ -23,12 +23,53 @@ def radius(value: Any, name: str) -> float:
     return distance
 
 
+def surface(value: Any) -> None:
+    """By what it can do: the surface's own module imports this one."""
+    if not hasattr(value, "hessian_product"):
+        raise TypeError(
+            f"surface: expected a LossSurface, got {type(value).__name__}: make one of the model, the loss and the batches, "
+            "LossSurface(model, loss, batches)."
+        )
+
+
+def no_backward(parameters: Iterable[Tensor]) -> None:
+    if any(parameter.grad is not None for parameter in parameters):
+        raise TypeError(
+            "loss: expected a function that computes the loss and no more, got one that calls backward(): leave that out, "
+            "gradients are taken here."
+        )
+
+
 def whole(value: Any, name: str, least: int, why: str) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}: pass {least} or more, {why}.")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}: pass {least} or more, {why}.")
     return int(value)
+
+
+def finite(value: Any, name: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected numbers, got {type(value).__name__}: pass numbers, as [0.0, 0.5, 1.0].") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: expected finite numbers, got {number}: pass numbers, as [0.0, 0.5, 1.0].")
+    return number
+
+
+def positive(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a positive number, got {type(value).__name__}: pass a relative one, as 1e-6.")
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{name}: expected a positive number, got {number}: pass a relative one, as 1e-6.")
+    return number
+
+
+def function(value: Any, name: str, example: str) -> None:
+    if not callable(value):
+        raise TypeError(f"{name}: expected a function, got {type(value).__name__}: pass {example}.")
 
 
 def one_of(value: Any, name: str, known: Collection[str]) -> str:
@@ -72,6 +113,14 @@ def no_graph(loss: Tensor) -> None:
         raise ValueError(
             "loss: expected a tensor that depends on the model's trainable parameters, got one without a graph: compute it "
             "without detach() and no_grad()."
+        )
+
+
+def dependent(used: bool) -> None:
+    if not used:
+        raise ValueError(
+            "loss: expected a tensor that depends on the model's parameters, got no gradient for any of them in any batch: "
+            "compute it from the model that the surface has."
         )
 
 

@@ -21,7 +21,8 @@ def generator(seed: int, purpose: str) -> torch.Generator:
 
 
 def random_direction(surface: LossSurface, *, seed: int = 0) -> Tensor:
-    """``v ~ N(0, I)``, ``[D]``, fp64, on the host. The same seed gives the same bits."""
+    """``v ~ N(0, I)``, ``[D]``, fp64, on the host. The same seed gives the same bits, with the same version of torch."""
+    checks.surface(surface)
     return normal(surface, generator(seed, "direction"))
 
 
@@ -40,6 +41,7 @@ def filter_normalized(surface: LossSurface, direction: Tensor, *, vectors: str =
 
     A filter is what makes one output: a slice of the first dimension, in a linear layer a row. So scaled, a step of 1 along the
     direction is as large for every filter as the filter is, and plots of nets whose weights differ in scale can be compared.
+    What the direction was else it is no longer: scaled eigenvectors are none, nor orthogonal.
 
     Args:
         surface: whose weights w scale it.
@@ -58,6 +60,7 @@ def filter_normalized(surface: LossSurface, direction: Tensor, *, vectors: str =
         >>> direction = filter_normalized(surface, random_direction(surface))
         >>> line = along(surface, direction, radius=1.0, points=5)
     """
+    checks.surface(surface)
     checks.one_of(vectors, "vectors", VECTORS)
     scaled = checks.vector(direction, "direction", surface.dimension).clone()
     for part, weight in zip(surface.pieces(scaled), surface.parameters, strict=True):

@@ -76,16 +76,16 @@ def top_eigenvalues(
         >>> top_eigenvalues(surface, 2).values
         tensor([4., 1.], dtype=torch.float64)
     """
-    k = checks.whole(k, "k", 1, "eigenvalues")
+    checks.surface(surface)
+    k = checks.whole(k, "k", 1, "as many eigenvalues as are wanted")
     checks.one_of(which, "which", WHICH)
     max_restarts = checks.whole(max_restarts, "max_restarts", 1, "restarts of Lanczos")
-    if not (math.isfinite(tolerance) and tolerance > 0):
-        raise ValueError(f"tolerance: expected a positive number, got {tolerance}: pass a relative one, as 1e-6.")
+    tolerance = checks.positive(tolerance, "tolerance")
     dimension = surface.dimension
     if k > dimension:
         raise ValueError(f"k: expected at most {dimension}, as many as there are parameters, got {k}: ask for fewer.")
-    lanczos = max(2 * k + 1, 20)
-    if dimension <= min(lanczos, _LARGEST_DENSE):
+    lanczos = _vectors(k)
+    if _is_small(dimension, k):
         return _dense(surface, k, which, offset)
     if k == dimension:
         raise ValueError(
@@ -93,6 +93,28 @@ def top_eigenvalues(
             "fewer."
         )
     return _lanczos(surface, k, which, tolerance, max_restarts, offset, seed, min(lanczos, dimension))
+
+
+def first_passes(dimension: int, k: int) -> int:
+    """How many ``top_eigenvalues`` takes if Lanczos is not restarted."""
+    return 1 if _is_small(dimension, k) else min(_vectors(k), dimension)
+
+
+def trace_passes(dimension: int, samples: int) -> int:
+    return math.ceil(samples / _samples_per_pass(dimension))
+
+
+def _vectors(k: int) -> int:
+    """Of Lanczos: what eigsh would take itself."""
+    return max(2 * k + 1, 20)
+
+
+def _is_small(dimension: int, k: int) -> bool:
+    return dimension <= min(_vectors(k), _LARGEST_DENSE)
+
+
+def _samples_per_pass(dimension: int) -> int:
+    return max(1, _ELEMENTS_PER_PASS // dimension)
 
 
 def hessian_trace(surface: LossSurface, *, samples: int = 32, seed: int = 0, offset: Tensor | None = None) -> Estimate:
@@ -115,11 +137,12 @@ def hessian_trace(surface: LossSurface, *, samples: int = 32, seed: int = 0, off
         >>> hessian_trace(surface, samples=2)
         Estimate(mean=5.0, standard_error=0.0, samples=2)
     """
+    checks.surface(surface)
     samples = checks.whole(samples, "samples", 2, "for a standard error")
     draws = generator(seed, "trace")
-    per_pass = max(1, _ELEMENTS_PER_PASS // surface.dimension)
+    per_pass = _samples_per_pass(surface.dimension)
     found: list[float] = []
-    with surface.stage("trace", math.ceil(samples / per_pass)):
+    with surface.stage("trace", trace_passes(surface.dimension, samples)):
         while len(found) < samples:
             shape = (min(per_pass, samples - len(found)), surface.dimension)
             signs = torch.randint(2, shape, generator=draws, device="cpu").double().mul_(2).sub_(1)
@@ -137,7 +160,14 @@ def alignment(surface: LossSurface, *, eigenvector: Tensor | None = None, point:
         eigenvector: v_1, if it is known already; any length.
         point: ``surface.gradient()``, if it is known already.
         seed: of the eigenvector's computation.
+
+    Example:
+        >>> x = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        >>> surface = LossSurface(torch.nn.Linear(2, 1, bias=False), torch.nn.functional.mse_loss, [(x, torch.ones(2, 1))])
+        >>> 0 <= alignment(surface) <= 1
+        True
     """
+    checks.surface(surface)
     if eigenvector is None:
         eigenvector = top_eigenvalues(surface, 1, seed=seed).vectors[0]
     top = checks.vector(eigenvector, "eigenvector", surface.dimension)
@@ -179,7 +209,7 @@ def _lanczos(
         options["rng"] = numpy.random.default_rng(seed)
     operator = linalg.LinearOperator((dimension, dimension), matvec=product, dtype=start.dtype)
     try:
-        with surface.stage("eigenvalues"):
+        with surface.stage("eigenvalues", first_passes(dimension, k)):
             values, vectors = linalg.eigsh(
                 operator, k=k, which=which, v0=start, ncv=size, tol=tolerance, maxiter=max_restarts, **options
             )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,44 +11,9 @@ from torch import Tensor, nn
 from . import checks
 from .directions import filter_normalized, generator, normal
 from .hessian import top_eigenvalues
+from .sections import PLANES, Line, Plane
 from .surface import LossSurface
 from .untouched import overlaps
-
-PLANES = ("random", "eigenvectors")
-
-
-@dataclass(frozen=True)
-class Line:
-    """Losses along a line. Where the loss overflowed they are inf or NaN.
-
-    Attributes:
-        positions: in units of the direction; between checkpoints 0 is the first and 1 the second.
-        losses: one per position.
-    """
-
-    positions: tuple[float, ...]
-    losses: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Plane:
-    """Losses over a plane. Where the loss overflowed they are inf or NaN.
-
-    Attributes:
-        first: positions along the first direction.
-        second: positions along the second.
-        losses: ``losses[i][j]`` at ``first[i]`` and ``second[j]``.
-    """
-
-    first: tuple[float, ...]
-    second: tuple[float, ...]
-    losses: tuple[tuple[float, ...], ...]
-
-    def plot(self, path: str | Path) -> Path:
-        """Contours as a picture, in the format of the path's suffix. Needs matplotlib."""
-        from .pictures import draw_plane
-
-        return draw_plane(self, Path(path))
 
 
 def along(surface: LossSurface, direction: Tensor, *, radius: float = 1.0, points: int = 21) -> Line:
@@ -69,13 +33,14 @@ def along(surface: LossSurface, direction: Tensor, *, radius: float = 1.0, point
         >>> along(surface, random_direction(surface), radius=0.5, points=5).positions
         (-0.5, -0.25, 0.0, 0.25, 0.5)
     """
+    checks.surface(surface)
     direction = checks.vector(direction, "direction", surface.dimension)
     positions = _positions(radius, points)
     with surface.stage("line", points):
         return Line(positions, tuple(surface.loss(t * direction, finite=False) for t in positions))
 
 
-def between(surface: LossSurface, first: Any, second: Any, *, positions: int | Sequence[float] = 21) -> Line:
+def between(surface: LossSurface, first: Any, second: Any, *, positions: int | Iterable[float] = 21) -> Line:
     """The loss at ``(1 - t) first + t second``, linear interpolation between two checkpoints. One pass per position.
 
     Every floating-point entry of the checkpoints is interpolated, in fp64 and then rounded to its dtype: parameters, those
@@ -87,11 +52,11 @@ def between(surface: LossSurface, first: Any, second: Any, *, positions: int | S
         surface: whose model the checkpoints fit.
         first: at 0: a ``state_dict``, or the tensors of ``model.parameters()`` in this order.
         second: at 1.
-        positions: t; a whole number n: n of them from 0 to 1.
+        positions: t, in a list or an array; a whole number n: n of them from 0 to 1.
 
     Raises:
-        TypeError: a checkpoint that is neither.
-        ValueError: one that does not fit the model, or fewer than two positions.
+        TypeError: a checkpoint that is neither, or positions that are no numbers.
+        ValueError: one that does not fit the model, fewer than two positions, or one that is not finite.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -99,12 +64,8 @@ def between(surface: LossSurface, first: Any, second: Any, *, positions: int | S
         >>> before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         >>> line = between(surface, before, model.state_dict(), positions=3)
     """
-    if isinstance(positions, Sequence):
-        ts = tuple(float(t) for t in positions)
-        checks.whole(len(ts), "positions", 2, "from 0 to 1")
-    else:
-        count = checks.whole(positions, "positions", 2, "from 0 to 1")
-        ts = tuple(number / (count - 1) for number in range(count))
+    checks.surface(surface)
+    ts = _fractions(positions)
     start = _entries(surface.model, first, "first")
     end = _entries(surface.model, second, "second")
     if len(start) != len(end):
@@ -114,7 +75,7 @@ def between(surface: LossSurface, first: Any, second: Any, *, positions: int | S
         for t in ts:
             values = [(live, _mixed(a, b, t).to(live.dtype)) for (live, a), (_, b) in zip(start, end, strict=True)]
             losses.append(surface.loss_with(values, finite=False))
-    return Line(ts, tuple(losses))
+    return Line(ts, tuple(losses), kind="between")
 
 
 def plane(
@@ -136,35 +97,67 @@ def plane(
         radius: in units of the directions: filter-normalised, 1 is as far as the weights are from 0.
         points: per direction, at least 2.
         filter_normalize: whether each filter is scaled to that of the weights [1712.09913], as ``filter_normalized`` has it.
+            Eigenvectors so scaled are eigenvectors no longer, nor orthogonal: False keeps them, and distances.
         vectors: what that does to biases and normalisation layers: ``"zero"`` or ``"scale"``.
         seed: of random directions, or of the eigenvectors' computation.
 
     Raises:
-        ValueError: a radius that is negative or not finite, unknown or misshapen directions, fewer than two points.
+        ValueError: a radius that is negative or not finite, unknown or misshapen directions, fewer than two points, directions
+            of which filter normalisation leaves nothing.
 
     Example:
         >>> surface = LossSurface(torch.nn.Linear(2, 1), torch.nn.functional.mse_loss, [(torch.ones(4, 2), torch.ones(4, 1))])
         >>> len(plane(surface, radius=0.5, points=3).losses)
         3
     """
+    checks.surface(surface)
     ticks = _positions(radius, points)
-    pair = _pair(surface, directions, seed)
+    kind, pair, eigenvalues = _pair(surface, directions, seed)
     if filter_normalize:
-        pair = [filter_normalized(surface, direction, vectors=vectors) for direction in pair]
+        pair = [_scaled(surface, direction, vectors) for direction in pair]
     with surface.stage("plane", points**2):
         losses = tuple(tuple(surface.loss(a * pair[0] + b * pair[1], finite=False) for b in ticks) for a in ticks)
-    return Plane(ticks, ticks, losses)
+    return Plane(ticks, ticks, losses, kind, bool(filter_normalize), eigenvalues)
 
 
-def _pair(surface: LossSurface, directions: str | tuple[Tensor, Tensor], seed: int) -> list[Tensor]:
+def _pair(
+    surface: LossSurface, directions: str | tuple[Tensor, Tensor], seed: int
+) -> tuple[str, list[Tensor], tuple[float, ...]]:
+    """The kind, two directions, and the eigenvalues of those that have some."""
+    named = tuple(kind for kind in PLANES if kind != "given")
     if isinstance(directions, str):
-        if checks.one_of(directions, "directions", PLANES) == "eigenvectors":
-            return list(top_eigenvalues(surface, 2, seed=seed).vectors)
+        if checks.one_of(directions, "directions", named) == "eigenvectors":
+            spectrum = top_eigenvalues(surface, 2, seed=seed)
+            return directions, list(spectrum.vectors), tuple(spectrum.values.tolist())
         draws = generator(seed, "plane")
-        return [normal(surface, draws) for _ in range(2)]
+        return directions, [normal(surface, draws) for _ in range(2)], ()
     if not isinstance(directions, Sequence) or len(directions) != 2:
-        raise ValueError(f"directions: expected two tensors or one of {', '.join(map(repr, PLANES))}, got neither: pass two.")
-    return [checks.vector(direction, "directions", surface.dimension) for direction in directions]
+        raise ValueError(f"directions: expected two tensors or one of {', '.join(map(repr, named))}, got neither: pass two.")
+    return "given", [checks.vector(direction, "directions", surface.dimension) for direction in directions], ()
+
+
+def _scaled(surface: LossSurface, direction: Tensor, vectors: str) -> Tensor:
+    scaled = filter_normalized(surface, direction, vectors=vectors)
+    if bool(direction.any()) and not bool(scaled.any()):
+        raise ValueError(
+            "directions: expected one that moves the weights, got zero after filter normalisation, which leaves parameters of "
+            "fewer than two dimensions where they are: pass vectors='scale' or filter_normalize=False."
+        )
+    return scaled
+
+
+def _fractions(positions: Any) -> tuple[float, ...]:
+    if not isinstance(positions, Iterable) or isinstance(positions, (str, bytes)):
+        if not isinstance(positions, Integral):
+            raise TypeError(
+                f"positions: expected a whole number or a list of numbers, got {type(positions).__name__}: pass 21, say, or "
+                "[0.0, 0.5, 1.0]."
+            )
+        count = checks.whole(positions, "positions", 2, "from 0 to 1")
+        return tuple(number / (count - 1) for number in range(count))
+    found = tuple(checks.finite(t, "positions") for t in positions)
+    checks.whole(len(found), "positions", 2, "from 0 to 1")
+    return found
 
 
 def _positions(radius: float, points: int) -> tuple[float, ...]:
@@ -203,7 +196,10 @@ def _entries(model: nn.Module, checkpoint: Any, name: str) -> list[tuple[Tensor,
             )
         found = [(key, tensor, value) for (key, tensor), value in zip(parameters, values, strict=True)]
     else:
-        raise TypeError(f"{name}: expected a state_dict or a list of tensors, got {type(checkpoint).__name__}: load it first.")
+        raise TypeError(
+            f"{name}: expected a state_dict or a list of tensors, got {type(checkpoint).__name__}: load a file first, "
+            "and pass a model's state_dict()."
+        )
     for key, tensor, value in found:
         if not isinstance(value, Tensor) or value.shape != tensor.shape:
             got = f"the shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -39,7 +39,7 @@ class WorstDirection:
 def ascent_sharpness(surface: LossSurface, rho: float, *, point: Point | None = None) -> float:
     """``L(x + rho g / ||g||) - L(x)``, g the gradient over the whole data: what SAM's first pass finds [2211.05729].
 
-    Two passes. 0 where the gradient is zero, which SAM does not move along either.
+    Two passes, one if the point is known. 0 where the gradient is zero, which SAM does not move along either.
 
     Args:
         surface: the loss around the weights.
@@ -54,8 +54,9 @@ def ascent_sharpness(surface: LossSurface, rho: float, *, point: Point | None = 
         >>> ascent_sharpness(surface, rho=0.1) > 0
         True
     """
+    checks.surface(surface)
     rho = checks.radius(rho, "rho")
-    with surface.stage("ascent direction", 2):
+    with surface.stage("ascent direction", 1 + (point is None)):
         point = point or surface.gradient()
         direction = unit(point.gradient)
         return 0.0 if direction is None else surface.loss(rho * direction) - point.loss
@@ -77,7 +78,13 @@ def average_sharpness(
 
     Raises:
         ValueError: a radius that is negative or not finite, fewer than two directions.
+
+    Example:
+        >>> surface = LossSurface(torch.nn.Linear(2, 1), torch.nn.functional.mse_loss, [(torch.ones(4, 2), torch.ones(4, 1))])
+        >>> average_sharpness(surface, rho=0.1, directions=4).samples
+        4
     """
+    checks.surface(surface)
     rho = checks.radius(rho, "rho")
     directions = checks.whole(directions, "directions", 2, "for a standard error")
     draws = generator(seed, "average")
@@ -127,6 +134,7 @@ def worst_sharpness(
         >>> worst_sharpness(surface, rho=0.1).value >= ascent_sharpness(surface, rho=0.1)
         True
     """
+    checks.surface(surface)
     rho = checks.radius(rho, "rho")
     steps = checks.whole(steps, "steps", 1, "gradients per start")
     random_starts = checks.whole(random_starts, "random_starts", 1, "or leave 'random' out of starts")
@@ -136,7 +144,7 @@ def worst_sharpness(
         checks.one_of(start, "starts", STARTS)
     if "eigenvector" in starts and eigenvector is None:
         eigenvector = top_eigenvalues(surface, 1, seed=seed).vectors[0]
-    with surface.stage("worst direction"):
+    with surface.stage("worst direction", (point is None) + most_gradients(starts, random_starts, steps)):
         point = point or surface.gradient()
         best = WorstDirection(0.0, torch.zeros_like(point.gradient), "none")
         for name, direction in _starts(surface, starts, random_starts, seed, eigenvector, point):
@@ -144,6 +152,12 @@ def worst_sharpness(
             if value - point.loss > best.value:
                 best = WorstDirection(value - point.loss, found, name)
     return best
+
+
+def most_gradients(starts: Sequence[str], random_starts: int, steps: int) -> int:
+    """How many a search for the worst direction takes if none of it arrives."""
+    count = {"gradient": 1, "eigenvector": 2, "random": random_starts}
+    return steps * sum(count[start] for start in set(starts))
 
 
 def _starts(

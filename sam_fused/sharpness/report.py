@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, records
 from .directions import filter_normalized, random_direction, unit
 from .estimate import Estimate
-from .hessian import alignment, hessian_trace, top_eigenvalues
-from .landscape import Line, along
-from .radius import ascent_sharpness, average_sharpness, worst_sharpness
+from .hessian import alignment, first_passes, hessian_trace, top_eigenvalues, trace_passes
+from .landscape import along
+from .radius import STARTS, ascent_sharpness, average_sharpness, most_gradients, worst_sharpness
+from .sections import Line
 from .surface import LossSurface
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,8 @@ class SharpnessReport:
 
     Attributes:
         parameters: D, how many weights.
+        dtype: of the weights, as ``"float32"``.
+        loss_dtype: of the loss.
         samples: in the data, or their weights' sum.
         batch_norm: the mode.
         seed: of everything random.
@@ -47,6 +47,8 @@ class SharpnessReport:
     """
 
     parameters: int
+    dtype: str
+    loss_dtype: str
     samples: float
     batch_norm: str
     seed: int
@@ -63,19 +65,53 @@ class SharpnessReport:
     lines: dict[str, Line]
     passes: int
 
+    @property
+    def worst_at_small_rho(self) -> float:
+        """``rho^2 / 2 lambda_1``, which the worst-direction sharpness tends to around a minimum."""
+        return self.rho**2 / 2 * self.eigenvalues[0]
+
+    @property
+    def average_at_small_rho(self) -> float:
+        """``rho^2 / (2 D) tr H``, which the average-direction sharpness tends to around a minimum."""
+        return self.rho**2 / (2 * self.parameters) * self.trace.mean
+
+    @property
+    def resolution(self) -> float:
+        """By how much two losses of this size differ at least, if they do, in the dtype of the loss."""
+        return torch.finfo(getattr(torch, self.loss_dtype)).eps * abs(self.loss)
+
     def __str__(self) -> str:
+        average = f"{self.average}; rho²/(2 D) tr = {self.average_at_small_rho:.6g}"
+        worst = f"{self.worst:.6g}, at least (from {self.worst_start}); rho²/2 λ1 = {self.worst_at_small_rho:.6g}"
         rows = [
             ("loss", f"{self.loss:.6g}"),
             ("gradient norm", f"{self.gradient_norm:.6g}"),
-            ("worst direction", f"{self.worst:.6g}, at least (from {self.worst_start})"),
+            ("worst direction", worst),
             ("ascent direction", f"{self.ascent:.6g}"),
-            ("average direction", str(self.average)),
+            ("average direction", average),
             ("top eigenvalues", ", ".join(f"{value:.6g}" for value in self.eigenvalues)),
             ("trace", str(self.trace)),
             ("|cos(gradient, v1)|", f"{self.alignment:.4f}"),
         ]
-        head = f"Sharpness at rho = {self.rho:g}: {self.parameters:,} parameters, {self.samples:,.6g} samples"
-        return "\n".join([f"{head}, batch_norm={self.batch_norm!r}, seed {self.seed}"] + [f"  {a:<20} {b}" for a, b in rows])
+        head = f"Sharpness at rho = {self.rho:g}: {self.parameters:,} parameters, {self.dtype}, {self.samples:,.6g} samples"
+        lines = [f"{head}, batch_norm={self.batch_norm!r}, seed {self.seed}, {self.passes:,} passes over the data"]
+        lines += [f"  {name:<20} {text}" for name, text in rows]
+        if unresolved := ", ".join(self._unresolved()):
+            lines.append(
+                f"  rounding: {unresolved} direction: less than {self.resolution:.2g}, the last digit of a {self.loss_dtype} "
+                "loss of this size"
+            )
+        return "\n".join(lines)
+
+    def _unresolved(self) -> list[str]:
+        """The rises that are less than the loss's last digit. Some are 0 without having been measured."""
+        rises = {
+            "worst": self.worst if self.worst_start != "none" else None,
+            "ascent": self.ascent if self.gradient_norm > 0 else None,
+            "average": self.average.mean,
+        }
+        found = {name: abs(rise) for name, rise in rises.items() if rise is not None and self.rho > 0}
+        return [name for name, rise in found.items() if rise < self.resolution]
 
     def print(self) -> None:
         """The numbers, as plain text."""
@@ -86,39 +122,35 @@ class SharpnessReport:
 
         JSON knows no inf and no NaN: they are written as strings.
         """
-        text = json.dumps({"format": FORMAT, **_plain(asdict(self))}, indent=2, allow_nan=False)
-        if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
-        return text
+        return records.write("sharpness report", asdict(self), path)
 
     @classmethod
     def from_json(cls, source: str | Path) -> SharpnessReport:
         """A report from what ``to_json`` gave: the text, or a path to it.
 
         Raises:
-            ValueError: it is none.
+            OSError: there is no such file.
+            ValueError: it is something else.
         """
-        if isinstance(source, str) and source.lstrip().startswith("{"):
-            text = source
-        else:
-            text = Path(source).read_text(encoding="utf-8")
-        found = json.loads(text)
-        wanted = {field.name for field in fields(cls)}
-        if not isinstance(found, dict) or found.pop("format", None) != FORMAT or found.keys() != wanted:
-            raise ValueError(f"source: expected a sharpness report of format {FORMAT}, got something else: measure again.")
+        return records.read("sharpness report", source, cls._of)
+
+    @classmethod
+    def _of(cls, content: dict[str, Any]) -> SharpnessReport:
         for name in ("loss", "gradient_norm", "worst", "ascent", "rho", "samples", "alignment"):
-            found[name] = float(found[name])
+            content[name] = float(content[name])
         for name in ("average", "trace"):
-            estimate = found[name]
-            found[name] = Estimate(float(estimate["mean"]), float(estimate["standard_error"]), estimate["samples"])
-        found["eigenvalues"] = _floats(found["eigenvalues"])
-        found["lines"] = {
-            name: Line(_floats(line["positions"]), _floats(line["losses"])) for name, line in found["lines"].items()
-        }
-        return cls(**found)
+            estimate = content[name]
+            content[name] = Estimate(float(estimate["mean"]), float(estimate["standard_error"]), estimate["samples"])
+        content["eigenvalues"] = records.floats(content["eigenvalues"])
+        content["lines"] = {name: Line._checked(**line) for name, line in content["lines"].items()}
+        return cls(**content)
 
     def plot(self, path: str | Path) -> Path:
-        """Lines and eigenvalues as a picture, in the format of the path's suffix (``.png``). Needs matplotlib."""
+        """Lines, rises and eigenvalues as a picture, in the format of the path's suffix, PNG without one. Needs matplotlib.
+
+        Returns:
+            Path: of the file that was written.
+        """
         from .pictures import draw_report
 
         return draw_report(self, Path(path))
@@ -140,13 +172,16 @@ def measure(
     count: Callable[[Any], float] | None = None,
     batch_norm: str = "eval",
     seed: int = 0,
-    progress: bool = True,
+    tolerance: float = 1e-6,
+    max_restarts: int = 100,
+    progress: bool | None = None,
 ) -> SharpnessReport:
     """Three kinds of sharpness at ``rho``, the top of the Hessian's spectrum, its trace, and three lines through the weights.
 
     Passes over the data, between 100 and 200 with the defaults: 20 or more products for the eigenvalues, 1 for the gradient and
     1 for the ascent, up to ``worst_steps`` for each of ``3 + random_starts`` starts, ``average_directions``, 1 or a few for the
-    trace, ``points`` for each of 3 lines. Nothing of the model, its gradients or the random number generators is changed.
+    trace, ``points`` for each of 3 lines. Parameters, buffers, gradients, training flags and random number generators stay as
+    they were.
 
     Args:
         model: as for ``LossSurface``, like ``loss``, ``batches``, ``count``, ``batch_norm`` and ``progress``.
@@ -162,8 +197,11 @@ def measure(
         radius: how far the lines go; None: ``3 rho``, and 0.1 where rho is 0.
         count: how many samples a batch has.
         batch_norm: ``"eval"`` or ``"train"``.
-        seed: of everything random: the same gives the same report.
-        progress: bars, if tqdm is installed and stderr is a terminal.
+        seed: of everything random.
+        tolerance: of the eigenvalues, relative, as ``top_eigenvalues`` has it.
+        max_restarts: what they may take.
+        progress: None: one bar, if tqdm is installed and stderr is a terminal, or in a notebook; True: in any case; False:
+            none. It counts batches, towards the most that there can be without a restart of Lanczos.
 
     Raises:
         EigenvaluesNotConverged: one of the eigenvalues did not.
@@ -179,60 +217,59 @@ def measure(
         True
     """
     rho = checks.radius(rho, "rho")
-    top_k = checks.whole(top_k, "top_k", 1, "eigenvalues")
+    top_k = checks.whole(top_k, "top_k", 1, "as many eigenvalues as are wanted")
     # What is asked of the last step is said before the first one has taken its time.
     checks.whole(average_directions, "average_directions", 2, "for a standard error")
     checks.whole(trace_samples, "trace_samples", 2, "for a standard error")
     checks.whole(worst_steps, "worst_steps", 1, "gradients per start")
     checks.whole(random_starts, "random_starts", 1, "beside the other starts")
     checks.whole(points, "points", 2, "from end to end")
+    checks.positive(tolerance, "tolerance")
+    checks.whole(max_restarts, "max_restarts", 1, "restarts of Lanczos")
     reach = checks.radius(radius, "radius") if radius is not None else 3 * rho or 0.1
     surface = LossSurface(model, loss, batches, count=count, batch_norm=batch_norm, seed=seed, progress=progress)
-    if top_k > surface.dimension:
-        raise ValueError(f"top_k: expected at most {surface.dimension}, the number of parameters, got {top_k}: ask for fewer.")
-    spectrum = top_eigenvalues(surface, top_k, seed=seed)
-    top = spectrum.vectors[0]
-    point = surface.gradient()
-    worst = worst_sharpness(
-        surface, rho, steps=worst_steps, random_starts=random_starts, seed=seed, eigenvector=top, point=point
-    )
-    directions = {
-        "eigenvector": top,
-        "gradient": unit(point.gradient),
-        "random": unit(filter_normalized(surface, random_direction(surface, seed=seed))),
-    }
+    dimension = surface.dimension
+    if top_k > dimension:
+        raise ValueError(f"top_k: expected at most {dimension}, the number of parameters, got {top_k}: ask for fewer.")
+    most = first_passes(dimension, top_k) + most_gradients(STARTS, random_starts, worst_steps)
+    most += 1 + 1 + average_directions + trace_passes(dimension, trace_samples) + 3 * points
+    with surface.stage("sharpness", most):
+        spectrum = top_eigenvalues(surface, top_k, tolerance=tolerance, max_restarts=max_restarts, seed=seed)
+        top = spectrum.vectors[0]
+        point = surface.gradient()
+        worst = worst_sharpness(
+            surface, rho, steps=worst_steps, random_starts=random_starts, seed=seed, eigenvector=top, point=point
+        )
+        ascent = ascent_sharpness(surface, rho, point=point)
+        average = average_sharpness(surface, rho, directions=average_directions, seed=seed, point=point)
+        trace = hessian_trace(surface, samples=trace_samples, seed=seed)
+        directions = {
+            "eigenvector": top,
+            "gradient": unit(point.gradient),
+            "random": unit(filter_normalized(surface, random_direction(surface, seed=seed))),
+        }
+        lines = {
+            name: along(surface, direction, radius=reach, points=points)
+            for name, direction in directions.items()
+            if direction is not None
+        }
     return SharpnessReport(
-        parameters=surface.dimension,
+        parameters=dimension,
+        dtype=surface.dtype,
+        loss_dtype=str(surface.loss_dtype).removeprefix("torch."),
+        samples=surface.samples or 0.0,
         batch_norm=batch_norm,
-        seed=seed,
+        seed=int(seed),
         rho=rho,
         loss=point.loss,
         gradient_norm=float(point.gradient.norm()),
         worst=worst.value,
         worst_start=worst.start,
-        ascent=ascent_sharpness(surface, rho, point=point),
-        average=average_sharpness(surface, rho, directions=average_directions, seed=seed, point=point),
+        ascent=ascent,
+        average=average,
         eigenvalues=tuple(spectrum.values.tolist()),
-        trace=hessian_trace(surface, samples=trace_samples, seed=seed),
+        trace=trace,
         alignment=alignment(surface, eigenvector=top, point=point),
-        lines={
-            name: along(surface, direction, radius=reach, points=points)
-            for name, direction in directions.items()
-            if direction is not None
-        },
-        samples=surface.samples or 0.0,
+        lines=lines,
         passes=surface.passes,
     )
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold."""
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain(part) for part in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _floats(values: Iterable[Any]) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)

@@ -7,8 +7,8 @@ wants, and a dtype in which sums over batches lose nothing. The model computes i
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.nn.parameter import is_lazy
 
-from . import checks
-from .batches import batch_loss, check_batches, first_dimension, moved_to, supervised
+from . import checks, loaders
+from .batches import batch_loss, check_batches, first_dimension, modules_of, moved_to, supervised
 from .progress import Progress
 from .untouched import BATCH_NORM, Untouched
+from .weights import Weights
 
 _Placed = Sequence[tuple[Tensor, Tensor]]
 
@@ -43,34 +42,40 @@ class Point:
 class LossSurface:
     """``L(x + v) = sum_b n_b loss_b(x + v) / sum_b n_b`` over all batches b of n_b samples, around a model's weights x.
 
-    x are the weights as they are when a method is called. Each call goes through the data once, and leaves weights, buffers,
+    x are the weights as they are when a method is called. Each call goes through the data once, and leaves parameters, buffers,
     ``.grad``, training flags and random number generators as they were, to the bit and in place, also if it ends by an
-    exception or a KeyboardInterrupt. The default generators (torch's, Python's, NumPy's) are seeded for each pass: a shuffling
-    loader yields the same batches in every one, and the surface is one fixed function.
+    exception or a KeyboardInterrupt. The generators (torch's default ones, Python's, NumPy's, a DataLoader's own) are seeded
+    for each pass: a shuffling loader yields the same batches in every one, and the surface is one fixed function.
 
     Args:
         model: its parameters with ``requires_grad`` are the weights; the others stay where they are. On one device or several.
         loss: ``loss(model(x), y) -> mean loss`` for batches ``(x, y)``, a 0-dim tensor; else a ``batch_loss``. Values are
-            computed under ``no_grad``.
+            computed under ``no_grad``. A loss that is a module is put into eval mode for the pass and put back as the model is.
         batches: a DataLoader, or anything that can be iterated again and again. Tensors in tuples, lists and dicts are moved to
-            the model's device where it has one. ``list(islice(loader, 10))`` measures on ten batches of it.
-        count: how many samples a batch has, its weight; by default the first dimension of the first tensor in it.
-        batch_norm: ``"eval"``: running statistics are used, and the cut into batches does not matter; ``"train"``: the
-            statistics of each batch, in all modules that have running ones, which do not see it. Dropout is off in both.
-        seed: of the default generators during a pass.
-        progress: a bar, if tqdm is installed and stderr is a terminal.
+            the parameters' device where they have one, and so is what has a ``to`` of its own. ``list(islice(loader, 10))``
+            measures on ten batches of it.
+        count: how many samples a batch has, its weight; by default the size of the first dimension, on which all tensors in it
+            have to agree.
+        batch_norm: ``"eval"``: running statistics are used, and the cut into batches does not matter where there are some;
+            ``"train"``: the statistics of each batch, in all modules with buffers called ``running_*``, which do not see it.
+            Dropout is off in both.
+        seed: of the generators during a pass.
+        progress: None: a bar, if tqdm is installed and stderr is a terminal, or in a notebook; True: in any case; False: none.
 
     Attributes:
         parameters: the weights, D elements in all.
         dimension: D.
         samples: in one pass, ``sum_b n_b``; None before the first.
         passes: over the data, so far.
+        dtype: of the weights, as ``"float32"``.
+        loss_dtype: of the loss; None before the first pass.
 
     Raises:
         TypeError: something that is no module, no function, nothing to iterate over, or weights that are not real.
         ValueError: no trainable parameter, a lazy one, a wrapper for parallel training, an iterator, which can be gone through
-            but once, an unknown mode. Methods: no batch, another number of samples than in the pass before, a loss that is not
-            a finite scalar.
+            but once, an unknown mode. Methods: no batch, one whose tensors do not agree on the number of samples, another
+            number of samples than in the pass before, a loss that is not a finite scalar or does not depend on the parameters,
+            another loss at the same weights within one measurement, a parameter that was replaced or frozen since.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -89,26 +94,28 @@ class LossSurface:
         count: Callable[[Any], float] | None = None,
         batch_norm: str = "eval",
         seed: int = 0,
-        progress: bool = True,
+        progress: bool | None = None,
     ) -> None:
-        named = _trainable(model)
-        self._names = list(named)
-        self.parameters = tuple(named.values())
-        if not callable(loss):
-            raise TypeError(
-                f"loss: expected a function, got {type(loss).__name__}: pass torch.nn.functional.cross_entropy, say."
-            )
+        self._weights = Weights(model)
+        self.parameters = self._weights.parameters
+        self.dimension = self._weights.dimension
+        self.dtype = self._weights.dtypes
+        checks.function(loss, "loss", "torch.nn.functional.cross_entropy, say")
         check_batches(batches)
+        if count is not None:
+            checks.function(count, "count", "count=lambda batch: len(batch[0]), say")
         self.model = model
-        self.dimension = sum(parameter.numel() for parameter in self.parameters)
         self.batch_norm = checks.one_of(batch_norm, "batch_norm", BATCH_NORM)
         self.samples: float | None = None
         self.passes = 0
+        self.loss_dtype: torch.dtype | None = None
         self._loss = loss if isinstance(loss, batch_loss) else supervised(loss)
+        self._roots = [model, *modules_of(loss)]
         self._batches = batches
         self._count = count or first_dimension
         self._seed = checks.whole(seed, "seed", 0, "any number of your choice")
         self._progress = Progress(progress)
+        self._at_weights: list[float] | None = None  # inside of a stage: the loss there, once it is known
 
     def loss(self, offset: Tensor | None = None, *, finite: bool = True) -> float:
         """``L(x + offset)``. One forward pass over the data.
@@ -123,24 +130,26 @@ class LossSurface:
     @torch.inference_mode(False)
     def loss_with(self, values: _Placed, *, finite: bool = True) -> float:
         """The loss with each first tensor, one of the model's, holding the values of the second. One forward pass."""
-        losses: list[tuple[float, float]] = []
-        samples = self._sweep(values, lambda loss, n: losses.append((n, loss.item())), torch.no_grad(), finite)
-        return sum(n * loss for n, loss in losses) / samples
+        losses = _Mean()
+        self._sweep(values, losses.add, torch.no_grad(), finite)
+        return losses.value if values else self._same(losses.value)
 
     @torch.inference_mode(False)
     def gradient(self, offset: Tensor | None = None) -> Point:
         """``L(x + offset)`` and its gradient. One forward and backward pass; ``.grad`` is not touched."""
-        losses: list[tuple[float, float]] = []
-        total = self._zeros()
+        losses, total, used = _Mean(), self._weights.zeros(), False
 
         def add(loss: Tensor, n: float) -> None:
+            nonlocal used
             checks.no_graph(loss)
-            losses.append((n, loss.item()))
-            self._accumulate(total, torch.autograd.grad(loss, self.parameters, allow_unused=True), n)
+            losses.add(loss, n)
+            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            used = self._weights.accumulate(total, gradients, n) or used
 
         samples = self._sweep(self._moved(offset), add, torch.enable_grad())
-        self._check_finite(total, "gradient")
-        return Point(sum(n * loss for n, loss in losses) / samples, total.div_(samples))
+        checks.dependent(used)
+        self._weights.check_finite(total, "gradient")
+        return Point(losses.value if offset is not None else self._same(losses.value), total.div_(samples))
 
     @torch.inference_mode(False)
     def hessian_product(self, vectors: Tensor, offset: Tensor | None = None) -> Tensor:
@@ -157,12 +166,16 @@ class LossSurface:
         """
         several = isinstance(vectors, Tensor) and vectors.dim() == 2
         rows = [checks.vector(row, "vectors", self.dimension) for row in (vectors if several else [vectors])]
-        directions = [list(map(_like, self.pieces(row), self.parameters)) for row in rows]
-        totals = [self._zeros() for _ in rows]
+        directions = [self._weights.like(row) for row in rows]
+        totals = [self._weights.zeros() for _ in rows]
+        losses, used = _Mean(), False
 
         def add(loss: Tensor, n: float) -> None:
+            nonlocal used
             checks.no_graph(loss)
+            losses.add(loss, n)
             gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+            used = used or any(gradient is not None for gradient in gradients)
             # The others are constant: a loss may be linear in a parameter.
             curved = [i for i, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad]
             if not curved:
@@ -175,46 +188,73 @@ class LossSurface:
                     retain_graph=number < len(rows),
                     allow_unused=True,
                 )
-                self._accumulate(total, products, n)
+                self._weights.accumulate(total, products, n)
 
         with ExitStack() as twice:
             twice.enter_context(sdpa_kernel(SDPBackend.MATH))
             if "torch._dynamo" in sys.modules:  # else nothing is compiled, and asking would import the compiler, two seconds
                 twice.enter_context(torch.compiler.set_stance("force_eager"))
             samples = self._sweep(self._moved(offset), add, torch.enable_grad())
+        checks.dependent(used)
+        if offset is None:
+            self._same(losses.value)
         for total in totals:
-            self._check_finite(total, "Hessian product")
+            self._weights.check_finite(total, "Hessian product")
         return torch.stack(totals).div_(samples).reshape(vectors.shape)
 
-    def stage(self, name: str, passes: int | None = None) -> AbstractContextManager[None]:
-        """Names the bar of all passes inside; ``passes`` says how many there will be."""
+    @contextmanager
+    def stage(self, name: str | None, passes: int | None = None) -> Iterator[None]:
+        """Names the bar of all passes inside; ``passes`` says how many there will be, at most.
+
+        The weights stay inside of it, and so has the loss there: passes that give different ones are of different functions.
+        """
         try:
             batches = len(self._batches)  # type: ignore[arg-type]
         except TypeError:
             batches = None
-        return self._progress.stage(name, None if passes is None or batches is None else passes * batches)
+        outer, self._at_weights = self._at_weights, [] if self._at_weights is None else self._at_weights
+        try:
+            with self._progress.stage(name, None if passes is None or batches is None else passes * batches):
+                yield
+        finally:
+            self._at_weights = outer
+
+    def pieces(self, flat: Tensor) -> list[Tensor]:
+        """Views of a flat ``[D]`` vector, one per parameter and in its shape. Writing into them writes into it."""
+        return self._weights.pieces(flat)
 
     def _sweep(
-        self, placed: _Placed, each: Callable[[Tensor, float], None], grad: AbstractContextManager[Any], finite: bool = True
+        self, placed: _Placed, each: Callable[[Tensor, float], Any], grad: AbstractContextManager[Any], finite: bool = True
     ) -> float:
         """``each(loss, weight)`` for every batch, while the placed tensors hold their values; returns the weights' sum."""
-        samples = 0.0
-        devices = {tensor.device for tensor in (*self.model.parameters(), *self.model.buffers())}
+        self._weights.check_kept()
+        loaders.check_idle(self._batches)
+        samples, complete = 0.0, False
+        devices = {parameter.device for parameter in self.model.parameters()}
         device = devices.pop() if len(devices) == 1 else None
-        snapshot = Untouched(self.model, [tensor for tensor, _ in placed], self._batches, self.batch_norm, self._seed)
+        snapshot = Untouched(self._roots, [tensor for tensor, _ in placed], self._batches, self.batch_norm, self._seed)
         try:
-            snapshot.begin()
-            for tensor, value in placed:
-                tensor.data.copy_(value)
-            with grad, self.stage("pass", 1):
-                for number, batch in enumerate(self._batches):
-                    batch = moved_to(batch, device)
-                    weight = self._weight(batch, number)
-                    each(checks.scalar(self._loss(self.model, batch), number, finite), weight)
-                    samples += weight
-                    self._progress.advance()
+            try:
+                snapshot.begin()
+                for tensor, value in placed:
+                    tensor.data.copy_(value)
+                torch.clear_autocast_cache()  # of the weights as they were
+                with grad, self.stage(None, 1):
+                    for number, batch in enumerate(self._batches):
+                        batch = moved_to(batch, device)
+                        weight = self._weight(batch, number)
+                        loss = checks.scalar(self._loss(self.model, batch), number, finite)
+                        checks.no_backward(self.parameters)
+                        each(loss, weight)
+                        samples, self.loss_dtype = samples + weight, loss.dtype
+                        self._progress.advance()
+                complete = True
+            finally:
+                snapshot.put_back()
         finally:
-            snapshot.put_back()
+            snapshot.put_back()  # an interrupt may have come before the first was under way
+            if not complete:
+                loaders.stop_workers(self._batches)
         self._check_pass(samples)
         return samples
 
@@ -229,16 +269,18 @@ class LossSurface:
         self.samples = samples
         self.passes += 1
 
-    def _check_finite(self, total: Tensor, what: str) -> None:
-        if bool(torch.isfinite(total).all()):
-            return
-        name = next(
-            name for name, piece in zip(self._names, self.pieces(total), strict=True) if not torch.isfinite(piece).all()
-        )
-        raise ValueError(
-            f"loss: expected a finite {what}, got inf or NaN for {name!r} where the loss itself is finite: look for a square "
-            "root or a norm at 0, or measure in a wider dtype."
-        )
+    def _same(self, loss: float) -> float:
+        """The loss at the weights, which has to be what it was there before in this measurement."""
+        if self._at_weights is None or self.loss_dtype is None:
+            return loss
+        # With and without a graph kernels may differ, and some sum in an order of chance: by roundings, not by half the digits.
+        if self._at_weights and abs(loss - self._at_weights[0]) > torch.finfo(self.loss_dtype).eps ** 0.5 * abs(loss):
+            raise ValueError(
+                f"batches: expected the same loss at the same weights, got {loss:g} in pass {self.passes} and "
+                f"{self._at_weights[0]:g} in another one: pass list(batches), for the data have random numbers of their own."
+            )
+        self._at_weights.append(loss)
+        return loss
 
     def _weight(self, batch: Any, number: int) -> float:
         weight = float(self._count(batch))
@@ -249,52 +291,19 @@ class LossSurface:
         return weight
 
     def _moved(self, offset: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        if offset is None:
-            return []
-        pieces = self.pieces(checks.vector(offset, "offset", self.dimension))
-        return [
-            (parameter, (parameter.detach().cpu().double() + piece).to(parameter.dtype))
-            for parameter, piece in zip(self.parameters, pieces, strict=True)
-        ]
-
-    def _zeros(self) -> Tensor:
-        return torch.zeros(self.dimension, dtype=torch.float64, device="cpu")
-
-    def pieces(self, flat: Tensor) -> list[Tensor]:
-        """Views of a flat ``[D]`` vector, one per parameter and in its shape. Writing into them writes into it."""
-        parts = flat.split([parameter.numel() for parameter in self.parameters])
-        return [part.view(parameter.shape) for part, parameter in zip(parts, self.parameters, strict=True)]
-
-    def _accumulate(self, total: Tensor, gradients: Sequence[Tensor | None], weight: float) -> None:
-        for piece, gradient in zip(self.pieces(total), gradients, strict=True):
-            if gradient is not None:
-                dense = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
-                piece.add_(dense.cpu().double(), alpha=weight)  # in this order: not every device has fp64
+        return [] if offset is None else self._weights.moved(checks.vector(offset, "offset", self.dimension))
 
 
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}: pass the model itself.")
-    if isinstance(model, (DataParallel, DistributedDataParallel)):
-        raise ValueError(
-            f"model: expected the module itself, got a {type(model).__name__}, whose gradients cannot be differentiated: pass "
-            "model.module."
-        )
-    found = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not found:
-        raise ValueError(
-            "model: expected at least one trainable parameter, got none: set requires_grad on what is to be measured."
-        )
-    for name, parameter in found:
-        if is_lazy(parameter):
-            raise ValueError(f"model: expected parameters with a shape, got the lazy {name!r}: run one batch through it first.")
-        if not parameter.is_floating_point():
-            raise TypeError(
-                f"model: expected real floating-point parameters, got {parameter.dtype} for {name!r}: set its requires_grad to "
-                "False, or hold real and imaginary parts."
-            )
-    return dict(found)
+class _Mean:
+    """Of the losses of batches, by their weights; NaN for none."""
 
+    def __init__(self) -> None:
+        self._sum = self._weight = 0.0
 
-def _like(piece: Tensor, parameter: Tensor) -> Tensor:
-    return piece.to(parameter.dtype).to(parameter.device)
+    def add(self, loss: Tensor, weight: float) -> None:
+        self._sum += weight * loss.item()
+        self._weight += weight
+
+    @property
+    def value(self) -> float:
+        return self._sum / self._weight

@@ -8,100 +8,154 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from ..randomness import Randomness
+from . import loaders
 
 BATCH_NORM = ("eval", "train")
 
 
 class Untouched:
-    """A snapshot of a model and of the generators: ``begin`` sets up a pass, ``put_back`` undoes it and all that it did.
+    """A snapshot of modules and of the generators: ``begin`` sets up a pass, ``put_back`` undoes it and all that it did.
 
-    To be used as ``snapshot = Untouched(...)``, then ``try: snapshot.begin() ... finally: snapshot.put_back()``: an interrupt
-    before the ``try`` finds nothing changed, and one after it is undone. A ``with`` would have a moment in between.
+    To be used as ``snapshot = Untouched(...)``, then ``begin()`` and the pass in two nested ``try`` whose ``finally`` both call
+    ``put_back()``. An interrupt before the ``try`` finds nothing changed, one inside is undone by the inner ``put_back``, and
+    one that comes as that is being called by the outer one, which does what is left. A ``with`` would have moments in between.
 
     Args:
-        model: all buffers and training flags in it are covered.
-        tensors: the weights that the pass will write.
+        roots: the model, and the loss if it is a module. All parameters, also frozen ones, their gradients, buffers and
+            training flags in them are covered: a forward may write any of these.
+        tensors: what else the pass will write.
         batches: whose own generators (a DataLoader's, its samplers') are covered too.
         batch_norm: ``"eval"`` or ``"train"``: the mode of modules with running statistics. Everything else is in eval mode,
             dropout included.
-        seed: what the default generators are seeded with for the pass, so that every pass shuffles and augments alike.
+        seed: what the generators are seeded with for the pass, so that every pass shuffles and augments alike.
     """
 
-    def __init__(self, model: nn.Module, tensors: Iterable[Tensor], batches: Any, batch_norm: str, seed: int) -> None:
-        modules = list(model.modules())
-        self._batch_norm, self._seed = batch_norm, seed
-        self._flags = [(module, module.training) for module in modules]
-        self._buffers = [
-            (module, name, buffer)
-            for module in modules
-            for name, buffer in dict(module._buffers.items()).items()
-            if buffer is not None and not is_lazy(buffer)
-        ]
-        held = [*tensors, *(buffer for _, _, buffer in self._buffers)]
-        # One that overlaps itself (an expanded mask) cannot be written by anybody, its module included.
-        self._copies = [(tensor, tensor.detach().clone()) for tensor in held if not overlaps(tensor)]
-        devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    def __init__(self, roots: Iterable[nn.Module], tensors: Iterable[Tensor], batches: Any, batch_norm: str, seed: int) -> None:
+        self._modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
+        self._batch_norm, self._seed, self._batches = batch_norm, seed, batches
+        owned = [tensor for module in self._modules for tensor in _owned(module)]
+        devices = {tensor.device for tensor in owned}
         self._cuda = sorted(device.index for device in devices if device.type == "cuda" and device.index is not None)
-        self._randomness = Randomness(devices)
-        self._randomness.record()
-        self._python = random.getstate()
+        self._own = list(loaders.generators(batches))
         # Augmentations may draw from NumPy's, but only if somebody has imported it.
-        self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
-        self._own = [(generator, generator.get_state()) for generator in _generators(batches)]
+        self._numpy: Any = sys.modules["numpy"].random if "numpy" in sys.modules else None
+        randomness = Randomness(devices)
+        randomness.record()
+        # Each step can be repeated: one that was interrupted is done again from its start.
+        self._undo: list[Callable[[], Any]] = [
+            randomness.replay,
+            partial(random.setstate, random.getstate()),
+            *(partial(generator.set_state, generator.get_state()) for generator in self._own),
+            *([partial(self._numpy.set_state, self._numpy.get_state())] if self._numpy else []),
+            partial(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()),
+            # It holds low-precision copies of the weights as they were in the pass, for as long as the caller's autocast lasts.
+            torch.clear_autocast_cache,
+            *(partial(setattr, module, "training", module.training) for module in self._modules),
+            *(partial(setattr, parameter, "grad", parameter.grad) for parameter in self._parameters()),
+            *(step for module in self._modules for step in _buffers_again(module)),
+            *(_value_again(tensor) for tensor in {id(t): t for t in (*owned, *tensors)}.values() if not overlaps(tensor)),
+        ]
 
     def begin(self) -> None:
         """Modes and seeds for a pass."""
-        for module, _ in self._flags:
+        for module in self._modules:
             # Not eval(): modules override it, and some rewrite their weights in it.
             module.training = self._batch_norm == "train" and _has_statistics(module)
-        torch.default_generator.manual_seed(self._seed)
-        for index in self._cuda:
-            torch.cuda.default_generators[index].manual_seed(self._seed)
-        random.seed(self._seed)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.seed(self._seed % 2**32)
+        for parameter in self._parameters():
+            parameter.grad = None  # kept by the undo step, out of the reach of a loss that calls backward()
+        # In eval mode and without a graph attention would take a fast path, which zeroes padding where the other does not:
+        # another function than the one that is differentiated.
+        torch.backends.mha.set_fastpath_enabled(False)
+        self._seed_generators()
+        loaders.start_workers(self._batches)  # which draws, though only the first time
+        self._seed_generators()
 
     def put_back(self) -> None:
-        """Everything is bitwise what it was when the snapshot was taken, and where it was."""
-        for tensor, copy in self._copies:
-            tensor.data.copy_(copy)
-        for module, name, buffer in self._buffers:
-            if name not in module._buffers or module._buffers[name] is not buffer:
-                module._buffers[name] = buffer
-        for module, training in self._flags:
-            module.training = training
-        self._randomness.replay()
-        random.setstate(self._python)
+        """Everything is bitwise what it was when the snapshot was taken, and where it was.
+
+        It goes on to its end whatever happens on the way, and raises what happened first. Once done it does nothing.
+        """
+        first: BaseException | None = None
+        while self._undo:
+            try:
+                self._undo[-1]()
+                self._undo.pop()
+            except KeyboardInterrupt as interrupt:
+                first = first or interrupt
+            except Exception as error:
+                first = first or error
+                self._undo.pop()
+        if first is not None:
+            raise first
+
+    def _parameters(self) -> Iterator[Tensor]:
+        for module in self._modules:
+            yield from module.parameters(recurse=False)
+
+    def _seed_generators(self) -> None:
+        seed = self._seed % 2**63  # as much as torch takes
+        for generator in (torch.default_generator, *self._own):
+            generator.manual_seed(seed)
+        for index in self._cuda:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        random.seed(self._seed)
         if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
-        for generator, state in self._own:
-            generator.set_state(state)
+            self._numpy.seed(self._seed % 2**32)
+
+
+def _owned(module: nn.Module) -> list[Tensor]:
+    """A module's own parameters and buffers."""
+    found = (*module._parameters.values(), *dict(module._buffers.items()).values())
+    return [tensor for tensor in found if tensor is not None and not is_lazy(tensor)]
 
 
 def _has_statistics(module: nn.Module) -> bool:
-    """BatchNorm and its like: torch's, and any class with buffers called ``running_*``."""
-    return isinstance(module, _NormBase) or any(name.startswith("running_") for name in dict(module._buffers.items()))
+    """BatchNorm and its like: any class with buffers called ``running_*``, also if they are None."""
+    return any(name.startswith("running_") for name in dict(module._buffers.items()))
 
 
 def overlaps(tensor: Tensor) -> bool:
-    """Whether elements share memory, as an expanded tensor's do: torch refuses to write into such a one."""
+    """Whether elements share memory, as an expanded tensor's do: torch refuses to write into such a one, whoever asks."""
     return tensor.layout == torch.strided and any(
         stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.size(), strict=True)
     )
 
 
-def _generators(batches: Any) -> Iterator[torch.Generator]:
-    """Those that a DataLoader and its samplers draw from beside the default ones."""
-    sampler = getattr(batches, "batch_sampler", None)
-    holders = (batches, getattr(batches, "sampler", None), sampler, getattr(sampler, "sampler", None))
-    found = (getattr(holder, "generator", None) for holder in holders)
-    yield from dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator))
+def _value_again(tensor: Tensor) -> Callable[[], None]:
+    return partial(_write, tensor, tensor.data, _place(tensor), tensor.detach().clone())
+
+
+def _write(tensor: Tensor, home: Tensor, place: Any, copy: Tensor) -> None:
+    with torch.inference_mode(tensor.is_inference()):  # the only mode in which such a tensor may be written
+        home.copy_(copy)
+        if _place(tensor) != place:  # a forward gave it other memory by ``tensor.data = ...``
+            tensor.data = home
+
+
+def _place(tensor: Tensor) -> Any:
+    if tensor.layout != torch.strided or type(tensor.data) is not Tensor:
+        return None  # sparse ones and subclasses have no one address
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def _buffers_again(module: nn.Module) -> list[Callable[[], None]]:
+    """A forward may put other tensors in the place of buffers, fill one that is None, and register new ones."""
+    buffers: Any = module._buffers
+    if not isinstance(buffers, dict):  # a scripted module's: it cannot get new ones
+        return [partial(buffers.__setitem__, name, buffer) for name, buffer in dict(buffers.items()).items()]
+    unsaved = module._non_persistent_buffers_set
+    return [partial(_refill, buffers, dict(buffers)), partial(_refill, unsaved, set(unsaved))]
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    container.update(content)

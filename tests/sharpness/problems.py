@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import random
 from itertools import pairwise
 
+import numpy
 import torch
 from torch import nn
 from torch.func import functional_call
 
 from sam_fused.sharpness import LossSurface, batch_loss
+from tests.optim.helpers import bits
 
 # Mean 1 over the four samples; 4/3 for whoever takes the mean of the two batches' means.
 SCALES = ([0.0, 1.0, 1.0], [2.0])
@@ -126,6 +129,28 @@ def batch_norm_case(dtype=torch.float64):
     x = torch.randn((13, 4), generator=generator, dtype=torch.float64).to(dtype)
     y = torch.randn((13, 6), generator=generator, dtype=torch.float64).to(dtype)
     return model, x, y
+
+
+def everything(model, *generators):
+    """All that a measurement must leave alone: values as bits, objects and addresses by identity."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    numpy_state = numpy.random.get_state()
+    return {
+        "bits": {name: bits(tensor).tolist() if tensor.is_floating_point() else tensor.tolist() for name, tensor in tensors},
+        "grads": {name: bits(p.grad).tolist() for name, p in model.named_parameters() if p.grad is not None},
+        "places": {name: (id(tensor), tensor.data_ptr()) for name, tensor in tensors},
+        # What autograd goes by. BatchNorm in training mode counts up its statistics' own.
+        "versions": [parameter._version for parameter in model.parameters()],
+        "grad places": [(id(p.grad), None if p.grad is None else p.grad.data_ptr()) for p in model.parameters()],
+        "requires": [p.requires_grad for p in model.parameters()],
+        "flags": [module.training for module in model.modules()],
+        "torch": torch.get_rng_state().tolist(),
+        "python": random.getstate(),
+        "numpy": (numpy_state[1].tolist(), numpy_state[2]),
+        "own": [generator.get_state().tolist() for generator in generators],
+        "fast attention": torch.backends.mha.get_fastpath_enabled(),
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+    }
 
 
 def cut(x, y, size):

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from sam_fused.sharpness import EigenvaluesNotConverged, alignment, hessian_trace, top_eigenvalues
+from sam_fused.sharpness import (
+    EigenvaluesNotConverged,
+    Estimate,
+    LossSurface,
+    alignment,
+    hessian_trace,
+    random_direction,
+    top_eigenvalues,
+)
+from sam_fused.sharpness.directions import generator, normal
 from tests.optim.helpers import assert_one_sentence
 from tests.sharpness.problems import Net, f1, f2, quadratic, surface_of, toy
 
@@ -177,3 +186,25 @@ def test_attention_is_differentiated_twice():
     found = surface_of(function, [0.7]).hessian_product(torch.ones(1)).item()
     slopes = [surface_of(function, [0.7 + step]).gradient().gradient.item() for step in (1e-2, -1e-2)]
     assert found == pytest.approx((slopes[0] - slopes[1]) / 2e-2, rel=1e-2) and found != 0
+
+
+def test_compiled_models_run_eagerly():
+    """What AOT autograd has compiled cannot be differentiated twice."""
+    case = Net()
+    compiled = LossSurface(torch.compile(case.model, backend="aot_eager"), case.loss, case.batches)
+    assert compiled.loss() == pytest.approx(case.surface().loss(), rel=1e-12)
+    assert hessian_trace(compiled, samples=2).mean == pytest.approx(hessian_trace(case.surface(), samples=2).mean, rel=1e-12)
+
+
+def test_a_standard_error_is_that_of_the_mean():
+    """Squares of deviations 16/9 + 1/9 + 25/9 = 14/3, over n - 1 = 2 and over n = 3."""
+    found = Estimate.of([1.0, 2.0, 4.0])
+    assert (found.mean, found.samples) == (pytest.approx(7 / 3), 3)
+    assert found.standard_error == pytest.approx(math.sqrt(7 / 9), rel=1e-14)
+
+
+def test_one_seed_gives_each_purpose_its_own_numbers():
+    drawn = {tuple(torch.rand(3, generator=generator(0, purpose)).tolist()) for purpose in ("average", "worst", "trace")}
+    assert len(drawn) == 3
+    surface = quadratic([1.0] * 30)
+    assert not torch.equal(random_direction(surface), normal(surface, generator(0, "average")))

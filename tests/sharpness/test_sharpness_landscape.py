@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -42,11 +43,6 @@ def test_planes_of_random_directions_by_seed():
     assert grids[0] == grids[1] != grids[2]
     assert grids[0].losses[1][1] == surface.loss() == grids[2].losses[1][1]
     assert grids[0] != plane(surface, points=3, radius=0.5, seed=1, vectors="scale")
-
-
-def test_a_picture_of_a_plane(tmp_path):
-    path = plane(Net().surface(), points=3).plot(tmp_path / "plane.png")
-    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 # ---- filter normalisation --------------------------------------------------------------------------------------------
@@ -164,6 +160,16 @@ def test_counters_are_those_of_the_nearer_checkpoint():
     state = surface.model.state_dict()
     between(surface, state, {**state, "counter": torch.tensor(9)}, positions=[0, 0.4, 0.6, 1])
     assert seen[::2] == [0, 0, 9, 9]
+
+
+def test_positions_may_be_an_array():
+    case = Net()
+    ends = case.model.state_dict(), {name: 2 * value for name, value in case.model.state_dict().items()}
+    expected = between(case.surface(), *ends, positions=3)
+    for positions in (numpy.linspace(0, 1, 3), torch.linspace(0, 1, 3), range(2), numpy.int64(3)):
+        line = between(case.surface(), *ends, positions=positions)
+        assert line == expected or line.positions == (0.0, 1.0)
+        assert all(type(t) is float for t in line.positions)
 
 
 def test_infinite_weights_at_one_end_do_not_spoil_the_other():

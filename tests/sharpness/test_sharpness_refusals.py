@@ -56,6 +56,13 @@ def kink(outputs, targets):
     return (outputs - outputs.detach()).sum().abs().pow(1.5)
 
 
+def with_backward(outputs, targets):
+    """As every closure of a training loop is written."""
+    loss = mse_loss(outputs, targets)
+    loss.backward()
+    return loss
+
+
 class Exhausted:
     """Iterable, and yields something only once."""
 
@@ -99,13 +106,21 @@ def test_radii(function, rho):
         (lambda: surface(batches=((X, Y) for _ in range(2))), ValueError, ["generator", "list(batches)"]),
         (lambda: surface(batches=[]).loss(), ValueError, ["batches", "none"]),
         (lambda: twice(surface(batches=Exhausted())), ValueError, ["4 samples", "0 in pass 2"]),
+        (lambda: surface(batches=(X, Y)).loss(), TypeError, ["(x, y)", "Tensor", "pass [(x, y)]"]),
         (lambda: surface(batches=[(X, Y, X)]).loss(), TypeError, ["(x, y)", "3 entries", "batch_loss"]),
         (lambda: surface(batches=[{"x": X}]).loss(), TypeError, ["dict", "batch_loss"]),
         (lambda: surface(batches=[("a", "b")]).loss(), ValueError, ["count"]),
+        (lambda: surface(count=5), TypeError, ["count", "function", "int"]),
         (lambda: surface(count=lambda batch: 0).loss(), ValueError, ["count", "batch 0"]),
         # the loss
         (lambda: surface(loss=5), TypeError, ["loss", "int"]),
         (lambda: batch_loss("loss"), TypeError, ["batch_loss", "str"]),
+        (lambda: measure(linear(), with_backward, [(X, Y)]), TypeError, ["loss", "backward()"]),
+        # the surface
+        (lambda: top_eigenvalues(linear(), 2), TypeError, ["LossSurface", "Linear"]),
+        (lambda: ascent_sharpness(linear(), 0.1), TypeError, ["LossSurface", "Linear"]),
+        (lambda: along(linear(), torch.ones(3)), TypeError, ["LossSurface", "Linear"]),
+        (lambda: between(surface(), linear(), linear()), TypeError, ["first", "Linear", "state_dict()"]),
         (lambda: surface(loss=lambda a, b: a - b).loss(), ValueError, ["0-dim", "[4, 1]", "batch 0"]),
         (lambda: surface(loss=lambda a, b: 1.0).loss(), TypeError, ["0-dim", "float"]),
         (lambda: surface(loss=lambda a, b: (a > b).sum()).loss(), TypeError, ["int64"]),
@@ -130,6 +145,7 @@ def test_radii(function, rho):
         (lambda: top_eigenvalues(quadratic([1.0] * 5000), 5000), ValueError, ["5000", "fewer"]),
         (lambda: top_eigenvalues(surface(), 1.5), TypeError, ["k", "float"]),
         (lambda: top_eigenvalues(surface(), tolerance=0.0), ValueError, ["tolerance"]),
+        (lambda: top_eigenvalues(surface(), tolerance="a"), TypeError, ["tolerance", "str"]),
         (lambda: hessian_trace(surface(), samples=1), ValueError, ["samples", "at least 2"]),
         (lambda: average_sharpness(surface(), 0.1, directions=1), ValueError, ["directions", "at least 2"]),
         (lambda: worst_sharpness(surface(), 0.1, steps=0), ValueError, ["steps", "at least 1"]),
@@ -154,7 +170,13 @@ def test_radii(function, rho):
         ),
         (lambda: between(surface(), [torch.ones(1, 2), 3], []), ValueError, ["first", "'bias'", "int"]),
         (lambda: between(surface(), linear().parameters(), linear().parameters(), positions=1), ValueError, ["positions"]),
+        (lambda: between(surface(), *[linear().state_dict()] * 2, positions="all"), TypeError, ["positions", "str"]),
+        (lambda: between(surface(), *[linear().state_dict()] * 2, positions=0.5), TypeError, ["positions", "float"]),
+        (lambda: between(surface(), *[linear().state_dict()] * 2, positions=["a", 1]), TypeError, ["positions", "str"]),
+        (lambda: between(surface(), *[linear().state_dict()] * 2, positions=[0, math.nan]), ValueError, ["positions", "nan"]),
         # one call for all of it
+        (lambda: measure(linear(), mse_loss, [(X, Y)], tolerance=-1), ValueError, ["tolerance", "-1"]),
+        (lambda: measure(linear(), mse_loss, [(X, Y)], max_restarts=0), ValueError, ["max_restarts"]),
         (lambda: measure(linear(), mse_loss, [(X, Y)], rho=-1), ValueError, ["rho"]),
         (lambda: measure(linear(), mse_loss, [(X, Y)], top_k=0), ValueError, ["top_k", "at least 1"]),
         (lambda: measure(linear(), mse_loss, [(X, Y)], top_k=4), ValueError, ["top_k", "at most 3"]),

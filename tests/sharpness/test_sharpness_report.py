@@ -4,11 +4,14 @@ import json
 import math
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from torch.nn.functional import mse_loss
 
 from sam_fused.sharpness import (
+    EigenvaluesNotConverged,
+    Estimate,
     Line,
     SharpnessReport,
     alignment,
@@ -84,7 +87,8 @@ def test_json_there_and_back(report, tmp_path):
     text = report.to_json(path)
     assert SharpnessReport.from_json(text) == report == SharpnessReport.from_json(path) == SharpnessReport.from_json(str(path))
     plain = json.loads(text)
-    assert plain["format"] == 1 and plain["average"]["samples"] == 4 and len(plain["eigenvalues"]) == 3
+    assert plain["format"] == 2 and plain["dtype"] == plain["loss_dtype"] == "float64"
+    assert plain["average"]["samples"] == 4 and len(plain["eigenvalues"]) == 3
 
 
 def test_json_of_what_json_has_no_number_for(report):
@@ -95,11 +99,37 @@ def test_json_of_what_json_has_no_number_for(report):
     assert math.isnan(back.alignment) and back.lines == strange.lines
 
 
-@pytest.mark.parametrize("text", ['{"format": 2}', "{}", '{"format": 1, "loss": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    ['{"format": 2}', "{}", '{"record": "sharpness report", "format": 2, "loss": 3}', "[1]", "{bad", "{", '{"a": "\\u12"}'],
+)
 def test_other_json_is_refused(text):
     with pytest.raises(ValueError) as raised:
         SharpnessReport.from_json(text)
-    assert_one_sentence(raised.value, "report")
+    assert_one_sentence(raised.value, "source", "sharpness report")
+
+
+@pytest.mark.parametrize("change", [('"mean"', '"men"'), ('"positions"', '"places"'), ('"rho": 0.2', '"rho": "far"')])
+def test_json_with_other_entries_inside_is_refused(report, change):
+    text = report.to_json()
+    assert change[0] in text
+    with pytest.raises(ValueError) as raised:
+        SharpnessReport.from_json(text.replace(*change))
+    assert_one_sentence(raised.value, "sharpness report", "other entries")
+
+
+def test_files_that_are_none_are_refused(tmp_path):
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
+    for source, error in (
+        (tmp_path / "missing.json", FileNotFoundError),
+        (str(tmp_path / "missing.json"), FileNotFoundError),
+        (tmp_path, IsADirectoryError),
+        (tmp_path / "bytes.json", ValueError),
+        (5, TypeError),
+    ):
+        with pytest.raises(error) as raised:
+            SharpnessReport.from_json(source)
+        assert_one_sentence(raised.value, "source", "sharpness report")
 
 
 def test_print(report, capsys):
@@ -107,13 +137,50 @@ def test_print(report, capsys):
     text = capsys.readouterr().out
     for value in (report.loss, report.worst, report.ascent, report.average.mean, report.eigenvalues[1], report.trace.mean):
         assert f"{value:.6g}" in text
-    assert "84 parameters, 13 samples" in text and "eval" in text and report.worst_start in text
+    assert "84 parameters, float64, 13 samples" in text and "eval" in text and report.worst_start in text
+    assert f"{report.passes} passes" in text and "rounding" not in text
+    # Beside what was measured: what it tends to at a small rho.
+    worst, average = 0.02 * report.eigenvalues[0], 0.04 / 168 * report.trace.mean
+    assert report.worst_at_small_rho == pytest.approx(worst) and report.average_at_small_rho == pytest.approx(average)
+    assert f"λ1 = {worst:.6g}" in text and f"tr = {average:.6g}" in text
 
 
-def test_a_picture(report, tmp_path):
-    paths = [report.plot(tmp_path / f"{n}.png") for n in range(2)]
-    assert paths[0].read_bytes().startswith(b"\x89PNG") and paths[0].read_bytes() == paths[1].read_bytes()
-    assert report.plot(str(tmp_path / "report.svg")).read_text().startswith("<?xml")
+def test_rises_below_the_losses_last_digit_are_said_to_be():
+    model, x, y = batch_norm_case(torch.float32)
+    report = measure(model, mse_loss, cut(x, y, 5), rho=1e-7, **SHORT)
+    assert (report.dtype, report.loss_dtype) == ("float32", "float32")
+    assert report.resolution == pytest.approx(2**-23 * report.loss)
+    assert "rounding: " in str(report) and "average direction: less than" in str(report) and "float32" in str(report)
+    # Not measured, but known: nothing is above the weights' own loss, and nothing is up from a gradient of zero.
+    known = replace(report, worst=0.0, worst_start="none", ascent=0.0, gradient_norm=0.0, average=Estimate(1.0, 0.1, 4))
+    assert "rounding" not in str(known) and "rounding" not in str(replace(report, rho=0.0))
+
+
+def test_eigenvalues_may_be_had_less_exactly():
+    case = Net()
+    passes = [
+        measure(case.model, case.loss, case.batches, top_k=6, tolerance=tolerance, **SHORT).passes for tolerance in (0.5, 1e-12)
+    ]
+    assert passes[0] < passes[1]
+    with pytest.raises(EigenvaluesNotConverged, match="within 1 restarts"):
+        measure(case.model, case.loss, case.batches, **SHORT, tolerance=1e-14, max_restarts=1)
+
+
+def test_the_search_for_the_worst_has_the_reports_seed_and_starts(monkeypatch):
+    asked = {}
+
+    def search(*args, **kwargs):
+        asked.update(kwargs)
+        return worst_sharpness(*args, **kwargs)
+
+    monkeypatch.setattr("sam_fused.sharpness.report.worst_sharpness", search)
+    small(seed=5, random_starts=3)
+    assert (asked["seed"], asked["random_starts"], asked["steps"]) == (5, 3, 3)
+
+
+def test_numbers_of_numpy_are_numbers():
+    report = small(seed=numpy.int64(3), top_k=numpy.int64(2), rho=numpy.float32(0.25))
+    assert SharpnessReport.from_json(report.to_json()) == report == small(seed=3, top_k=2, rho=0.25)
 
 
 def test_at_a_stationary_point_there_is_no_line_along_the_gradient(tmp_path):

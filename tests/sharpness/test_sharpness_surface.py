@@ -1,7 +1,6 @@
 """What a pass computes and what it leaves behind: weighting, modes, and everything bitwise as it was."""
 
 import random
-from collections import namedtuple
 
 import numpy
 import pytest
@@ -22,32 +21,9 @@ from sam_fused.sharpness import (
     top_eigenvalues,
     worst_sharpness,
 )
-from sam_fused.sharpness.batches import moved_to
-from tests.optim.helpers import bits
-from tests.sharpness.problems import Net, batch_norm_case, cut, quadratic, twin
+from tests.sharpness.problems import Net, batch_norm_case, cut, everything, quadratic, twin
 
 pytestmark = pytest.mark.cpu_only
-
-
-def everything(model, *generators):
-    """All that a measurement must leave alone: values as bits, objects and addresses by identity."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    numpy_state = numpy.random.get_state()
-    return {
-        "bits": {name: bits(tensor).tolist() if tensor.is_floating_point() else tensor.tolist() for name, tensor in tensors},
-        "grads": {name: bits(p.grad).tolist() for name, p in model.named_parameters() if p.grad is not None},
-        "places": {name: (id(tensor), tensor.data_ptr()) for name, tensor in tensors},
-        # What autograd goes by. BatchNorm in training mode counts up its statistics' own.
-        "versions": [parameter._version for parameter in model.parameters()],
-        "grad places": [(id(p.grad), None if p.grad is None else p.grad.data_ptr()) for p in model.parameters()],
-        "requires": [p.requires_grad for p in model.parameters()],
-        "flags": [module.training for module in model.modules()],
-        "torch": torch.get_rng_state().tolist(),
-        "python": random.getstate(),
-        "numpy": (numpy_state[1].tolist(), numpy_state[2]),
-        "own": [generator.get_state().tolist() for generator in generators],
-        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-    }
 
 
 def all_measurements(surface, first, second):
@@ -180,6 +156,50 @@ def test_in_train_mode_each_batch_has_its_own_statistics_and_dropout_is_off():
     assert abs(LossSurface(model, mse_loss, batches).loss() / expected - 1) > 1e-3
 
 
+class Whitening(torch.nn.Module):
+    """A normalisation of ones own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
+        self.register_buffer("running_scale", torch.ones(4, dtype=torch.float64))
+
+    def forward(self, x):
+        scale = x.std(0) if self.training else self.running_scale
+        return self.weight * x / scale
+
+
+def test_any_module_with_running_statistics_counts_as_batch_norm():
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = torch.nn.Sequential(Whitening(), torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(4, track_running_stats=False))
+    losses = {}
+    for mode in ("eval", "train"):
+        seen = []
+        hook = model.register_forward_pre_hook(lambda model, _, seen=seen: seen.append([m.training for m in model.modules()]))
+        losses[mode] = LossSurface(model.double(), mse_loss, [(x, x)], batch_norm=mode).loss()
+        hook.remove()
+        assert seen == [[False, mode == "train", False, mode == "train"]]
+
+
+def test_values_are_computed_without_a_graph():
+    modes = []
+    case = Net()
+    loss = case.loss
+    case.loss = lambda outputs, targets: modes.append(torch.is_grad_enabled()) or loss(outputs, targets)
+    surface = case.surface()
+    surface.loss()
+    average_sharpness(surface, 0.1, directions=2)
+    assert not any(modes)
+    surface.gradient()
+    assert modes[-4:] == [True] * 4
+
+
+@pytest.mark.parametrize("seed", [2**70, 2**64 - 1, numpy.int64(3)])
+def test_any_whole_number_is_a_seed(seed):
+    case = Net()
+    assert case.surface(seed=seed).loss() == case.surface().loss()
+
+
 def test_parameters_that_do_not_require_gradients_are_left_out():
     model, x, y = batch_norm_case()
     surface = LossSurface(model, mse_loss, cut(x, y, 5))
@@ -232,15 +252,6 @@ def test_batches_may_be_dicts_for_a_loss_of_ones_own():
     assert LossSurface(case.model, loss, batches).loss() == case.surface().loss()
 
 
-def test_tensors_in_batches_go_to_the_models_device():
-    pair = namedtuple("pair", "x y")
-    batch = {"a": [torch.ones(2), "text"], "b": pair(torch.ones(1), (torch.ones(3), 5))}
-    moved = moved_to(batch, torch.device("meta"))
-    assert moved["a"][0].is_meta and moved["b"].x.is_meta and moved["b"].y[0].is_meta
-    assert moved["a"][1] == "text" and moved["b"].y[1] == 5 and not batch["a"][0].is_meta
-    assert moved_to(batch, torch.device("cpu")) is batch
-
-
 def test_offsets_are_added_in_double_precision():
     """Half a unit in the last place and a bit more is rounded up; in float32 the bit would be lost, and half goes to even."""
     surface = quadratic([2.0], [1.0])
@@ -256,43 +267,6 @@ def test_sums_over_batches_are_in_double_precision():
     batches = [(torch.ones(1, 1), None)] + [(torch.full((1, 1), 2.0**-25), None)] * 64
     surface = LossSurface(model, lambda outputs, _: outputs.sum(), batches)
     assert surface.gradient().gradient.item() * 65 == pytest.approx(1 + 64 * 2**-25, rel=1e-14)
-
-
-# ---- bars ------------------------------------------------------------------------------------------------------------
-
-
-class Bar:
-    made: list = []  # noqa: RUF012
-
-    def __init__(self, total, desc, **kwargs):
-        self.total, self.desc, self.count, self.closed = total, desc, 0, False
-        Bar.made.append(self)
-
-    def update(self):
-        self.count += 1
-
-    def close(self):
-        self.closed = True
-
-
-def test_bars_count_batches_and_are_closed(monkeypatch):
-    monkeypatch.setattr("tqdm.tqdm", Bar)
-    monkeypatch.setattr(Bar, "made", [])
-    case = Net()
-    average_sharpness(case.surface(), 0.1, directions=3)
-    (bar,) = Bar.made
-    assert (bar.total, bar.count, bar.closed) == (16, 16, True)
-    case.batches[2] = (case.x[:3], case.y)
-    with pytest.raises(ValueError, match="batch_size"):
-        case.surface().loss()
-    assert Bar.made[1].closed and Bar.made[1].count == 2
-    quadratic([1.0], progress=False).loss()
-    assert len(Bar.made) == 2
-
-
-def test_without_tqdm_there_is_no_bar(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
-    assert quadratic([4.0, 1.0]).loss(torch.ones(2)) == 2.5
 
 
 def test_a_whole_report_leaves_everything_alone():
