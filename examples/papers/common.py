@@ -1,33 +1,56 @@
-"""What the reproductions share: jobs in two processes, error bars, tables, and the files that a run leaves behind.
+"""What the reproductions share: jobs in two processes, tables, and the files that a run leaves behind.
 
-A reproduction has a function for one run (a method and a seed), hands `run_jobs` a list of it with its arguments, and computes
-the paper's claims from what came back as `Claim`s: whether each holds is worked out from the runs, never written down before.
+A script has a function for one run (a method and a seed), hands `run_jobs` a list of it with its arguments, and `publish` what
+came back. That becomes the JSON's plain data first: the terminal's tables, the picture and README.md (`page.py`) are all made
+from it, by the functions that the script names in its `Reproduction`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
+import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
+from rich.table import Table as RichTable
+from verdicts import Claim, standard_error
 
 import sam_fused
 
 RESULTS = Path(__file__).parent / "results"
+PROCESSES, THREADS = 2, 1  # two threads make problems this small slower, two processes halve the time
+
+
+class Table(NamedTuple):
+    """The first column is text, the others are numbers."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+class Reproduction(NamedTuple):
+    """What a script makes of its results; the functions below `restore` take what that returns."""
+
+    name: str  # the script's
+    restore: Callable[[Any], Any]  # from the JSON's results
+    tables: Callable[[Any], list[Table]]
+    check: Callable[[Any], list[Claim]]  # the main claims, which the tests hold the recorded run to
+    report: Callable[[Any], list[Claim]]  # what else the paper says, or one would ask, whatever came out
+    plot: Callable[[Any], Figure]
 
 
 # ---- the command line and the jobs -----------------------------------------------------------------------------------
@@ -45,87 +68,89 @@ def make_parser(description: str | None, seeds: int) -> argparse.ArgumentParser:
 def run_jobs(jobs: Sequence[tuple[Any, ...]], title: str) -> list[Any]:
     """What every `(function, *arguments)` returns, in that order, from two processes of one torch thread each.
 
-    Two threads make problems this small slower. Put the longest jobs first, so that neither process ends up alone with one.
+    Put the longest jobs first, so that neither process ends up alone with one.
     """
     context = multiprocessing.get_context("spawn")  # forking a process that has run torch's threads can hang
-    with ProcessPoolExecutor(2, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(PROCESSES, context, initializer=torch.set_num_threads, initargs=(THREADS,)) as pool:
         futures = [pool.submit(*job) for job in jobs]
         for future in track(as_completed(futures), title, total=len(futures), console=Console(stderr=True)):
             future.result()  # an error shows when it comes, not after the jobs submitted before it
         return [future.result() for future in futures]
 
 
-# ---- error bars and claims -------------------------------------------------------------------------------------------
+def brief(values: Iterable[float]) -> list[float]:
+    """To four digits: what a curve of a picture needs, and the JSON does not grow for more."""
+    return [float(f"{value:.4g}") for value in values]
 
 
-def standard_error(values: Sequence[float] | np.ndarray) -> float:
-    """Of the mean; nan for a single value."""
-    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+# ---- on the terminal and in pictures ----------------------------------------------------------------------------------
 
 
-def summary(values: Sequence[float] | np.ndarray, digits: int = 3) -> str:
-    """`mean ± standard error`."""
-    return f"{np.mean(values):.{digits}f} ± {standard_error(values):.{digits}f}"
-
-
-def standard_errors_above(higher: Sequence[float] | np.ndarray, lower: Sequence[float] | np.ndarray) -> float:
-    """By how many standard errors of the difference the first mean is above the second; inf where neither varies.
-
-    Unpaired, also where both have the same seeds: what the seeds share would make the distance look larger, not smaller.
-    """
-    difference, error = float(np.mean(higher) - np.mean(lower)), math.hypot(standard_error(higher), standard_error(lower))
-    return difference / error if error else math.copysign(math.inf, difference) if difference else 0.0
-
-
-class Claim(NamedTuple):
-    """One sentence of a paper, whether this run bears it out, and by how much."""
-
-    text: str
-    holds: bool
-    margin: str
+def print_table(table: Table) -> None:
+    console = Console()
+    if not console.is_terminal:  # a log has no width: nothing need be folded
+        console = Console(width=140)
+    drawn = RichTable(title=escape(table.title))
+    for number, heading in enumerate(table.headings):
+        drawn.add_column(escape(heading), justify="right" if number else "left")
+    for row in table.rows:
+        drawn.add_row(*map(escape, row))
+    console.print(drawn)
 
 
 def print_claims(claims: Iterable[Claim]) -> None:
     console = Console(highlight=False)
     for claim in claims:
-        word = "[green]reproduced[/]" if claim.holds else "[red]not reproduced[/]"
-        console.print(f"{word}: {claim.text} ({claim.margin})", soft_wrap=True)
+        console.print(escape(str(claim)), style="green" if claim.holds else "red", soft_wrap=True)
+
+
+def draw_bar(axes: Axes, place: float, values: Any, colour: str) -> None:
+    """The mean with its standard error, and beside it every seed."""
+    axes.bar(place, values.mean(), color=colour, alpha=0.35)
+    axes.errorbar(place - 0.15, values.mean(), standard_error(values), c="black", capsize=4)
+    axes.plot([place + 0.15] * len(values), values, "o", c=colour, ms=4)
 
 
 # ---- what a run leaves behind ----------------------------------------------------------------------------------------
 
 
-def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """The first column is text, the others are numbers."""
-    console = Console()
-    if not console.is_terminal:  # a log has no width: nothing need be folded
-        console = Console(width=140)
-    table = Table(title=title)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+def plain(value: Any) -> Any:
+    """Named tuples become dictionaries, so that the JSON says what each number is."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def save_picture(figure: Figure, output: Path, name: str) -> None:
+def as_json(record: dict[str, Any]) -> str:
+    """Indented, but for lists of numbers, which are lines: a curve is not a page."""
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    return re.sub(r"\[\n([^\[\]{}\"]*)\]", lambda numbers: "[" + " ".join(numbers[1].split()) + "]", text)
+
+
+def publish(reproduction: Reproduction, results: Any, output: Path, seeds: int, start: float) -> None:
+    """Prints tables and verdicts, and writes the picture and the JSON. `start` is `time.perf_counter()` at the run's start."""
+    name, results = reproduction.name, json.loads(json.dumps(plain(results)))
+    runs = reproduction.restore(results)
+    for table in reproduction.tables(runs):
+        print_table(table)
+    claims, reported = reproduction.check(runs), reproduction.report(runs)
+    print_claims([*claims, *reported])
+
     output.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output / f"{name}.png")
-    print(f"picture: {output / name}.png")
-
-
-def save_results(output: Path, name: str, results: Any, claims: Sequence[Claim], seeds: int, start: float) -> None:
-    """Everything that the tables and the README are made from. `start` is `time.perf_counter()` at the start of the run."""
+    reproduction.plot(runs).savefig(output / f"{name}.png")
     record = {
         "command": shlex.join(["python", f"examples/papers/{name}.py", *sys.argv[1:]]),
         "seeds": seeds,
+        "processes": PROCESSES,
+        "threads per process": THREADS,
         "torch": torch.__version__,
         "sam_fused": sam_fused.__version__,
         "seconds": round(time.perf_counter() - start, 1),
-        "claims": [claim._asdict() for claim in claims],
+        "claims": plain(claims),
+        "reported": plain(reported),
         "results": results,
     }
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"results: {path} ({record['seconds']:.0f} s)")
+    (output / f"{name}.json").write_text(as_json(record), encoding="utf-8")
+    print(f"picture and results: {output / name}.png, .json ({record['seconds']:.0f} s)")

@@ -8,8 +8,9 @@ drifts to where the trace is smallest. On a quadratic 0.5 x'Ax it ends in a cycl
 eta rho lambda_1 / (2 - eta lambda_1), with another sign every step. Gradient descent does none of this: it stays where it
 reaches the floor.
 
-The surface is L = (l_1 + l_2) / 2 with the examples' losses l_1 = F_1(x_1, x_2) x_3^2 and l_2 = F_2(x_1, x_2) x_4^2. On its
-floor x_3 = x_4 = 0 the Hessian has the eigenvalues F_1, F_2, 0, 0, so that F_1 and F_2 say where each sharpness is smallest:
+The surface is a four-dimensional toy after the paper's; that its functions are the paper's could not be checked. It is
+L = (l_1 + l_2) / 2 with the examples' losses l_1 = F_1(x_1, x_2) x_3^2 and l_2 = F_2(x_1, x_2) x_4^2. On its floor
+x_3 = x_4 = 0 the Hessian has the eigenvalues F_1, F_2, 0, 0, so that F_1 and F_2 say where each sharpness is smallest:
 lambda_1 = max(F_1, F_2) at (0, 0), the trace F_1 + F_2 at (0.8, 1/7). All in float64, with sam_fused's optimizers.
 """
 
@@ -22,11 +23,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import Claim, make_parser, print_claims, print_table, run_jobs, save_picture, save_results, summary
+from common import Reproduction, Table, brief, make_parser, publish, run_jobs
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.optim import SGD
+from verdicts import Claim, summary
 
 from sam_fused import SAM, MicroBatchSAM
 
@@ -55,17 +57,16 @@ class Run(NamedTuple):
 
     method: str
     recorded: list[int]  # steps at which the two lists below were taken
-    path: list[list[float]]
+    path: list[list[float]]  # [x_1, x_2], to four digits
     misalignment: list[float]  # 1 - |cos| of gradient and top eigenvector of the Hessian; nan for a gradient of zero
+    halfway: list[float]  # the point after half the steps
+    end: list[float]
     tail: list[float]  # mean point of the last third of the steps: where a noisy method hovers
 
-    @property
-    def end(self) -> list[float]:
-        return self.path[-1]
 
-    @property
-    def halfway(self) -> list[float]:
-        return next(point for step, point in zip(self.recorded, self.path, strict=True) if step >= self.recorded[-1] / 2)
+class Results(NamedTuple):
+    runs: list[Run]
+    cycles: list[list[list[float]]]  # every point of SAM on the quadratic, [start, step, 2]
 
 
 # ---- the quadratic ---------------------------------------------------------------------------------------------------
@@ -154,17 +155,19 @@ def make_step(method: str, point: torch.nn.Parameter, seed: int) -> Callable[[],
 def descend(method: str, start: list[float], seed: int) -> Run:
     point, steps = torch.nn.Parameter(torch.tensor(start, dtype=torch.float64)), SETTINGS[method].steps
     step = make_step(method, point, seed)
-    recorded = sorted({*ALIGNMENT_STEPS, *np.geomspace(1, steps, 200).astype(int).tolist()} & set(range(steps + 1)))
-    path, misalignments, tail = [], [], torch.zeros(4, dtype=torch.float64)
+    recorded = sorted({*ALIGNMENT_STEPS, *np.geomspace(1, steps, 100).astype(int).tolist()} & set(range(steps + 1)))
+    path, misalignments, halfway, tail = [], [], start, torch.zeros(4, dtype=torch.float64)
     for number in range(steps + 1):
         if number in recorded:
-            path.append(point.tolist())
+            path.append(brief(point.tolist()[:2]))
             misalignments.append(misalignment(point.detach()))
+        if number == steps // 2:
+            halfway = point.tolist()
         if number > steps - steps // 3:
             tail += point.detach() / (steps // 3)
         if number < steps:
             step()
-    return Run(method, recorded, path, misalignments, tail.tolist())
+    return Run(method, recorded, path, brief(misalignments), halfway, point.tolist(), tail.tolist())
 
 
 def starts(count: int) -> list[list[float]]:
@@ -261,11 +264,11 @@ def check_surface(runs: list[Run]) -> list[Claim]:
     ]
 
 
-def check(paths: list[list[list[float]]], runs: list[Run]) -> list[Claim]:
-    return check_quadratic(paths) + check_surface(runs)
+def check(results: Results) -> list[Claim]:
+    return check_quadratic(results.cycles) + check_surface(results.runs)
 
 
-def print_runs(runs: list[Run]) -> None:
+def ends(runs: list[Run]) -> Table:
     expected = {
         "SAM, full batch": TOP_MINIMISER,
         "mSAM, m = |B|": minimiser_at(SETTINGS["mSAM, m = |B|"].lr, share=0.5),
@@ -286,8 +289,8 @@ def print_runs(runs: list[Run]) -> None:
                 summary([distance(point, TRACE_MINIMISER) for point in points]),
             ]
         )
-    title = f"where each method ends, {len(runs) // len(SETTINGS)} starts, mean ± standard error"
-    print_table(title, ["method", "x_1", "x_2", "expected at this lr", "from least λ1", "from least trace"], rows)
+    title = f"Where each method ends, {len(runs) // len(SETTINGS)} starts, mean ± standard error"
+    return Table(title, ["method", "x_1", "x_2", "expected at this lr", "from least λ1", "from least trace"], rows)
 
 
 def alignment_over_time(runs: list[Run]) -> dict[int, list[float]]:
@@ -296,9 +299,16 @@ def alignment_over_time(runs: list[Run]) -> dict[int, list[float]]:
     return {step: [run.misalignment[run.recorded.index(step)] for run in full] for step in ALIGNMENT_STEPS}
 
 
-def print_alignment(runs: list[Run]) -> None:
-    rows = [[f"{step:,}", f"{min(each):.0e}", f"{max(each):.0e}"] for step, each in alignment_over_time(runs).items()]
-    print_table("full-batch SAM, 1 - |cos(gradient, top eigenvector)|", ["step", "least of all starts", "largest"], rows)
+def alignment(runs: list[Run]) -> Table:
+    rows = []
+    for step, each in alignment_over_time(runs).items():
+        rows.append([f"{step:,}", f"{min(each):.0e}", f"{np.median(each):.0e}", f"{max(each):.0e}"])
+    title = "Full-batch SAM, 1 - |cos(gradient, top eigenvector)|, over the starts"
+    return Table(title, ["step", "least", "median", "largest"], rows)
+
+
+def tables(results: Results) -> list[Table]:
+    return [ends(results.runs), alignment(results.runs)]
 
 
 def draw_cycle(axes: Axes, paths: list[list[list[float]]]) -> None:
@@ -334,35 +344,33 @@ def draw_alignment(axes: Axes, runs: list[Run]) -> None:
     axes.set(title="1 - |cos(gradient, top eigenvector)|", xlabel="step + 1", ylim=(1e-16, 2))
 
 
-def plot(paths: list[list[list[float]]], runs: list[Run]) -> Figure:
+def plot(results: Results) -> Figure:
     figure = Figure(figsize=(15, 4.6), dpi=85, layout="constrained")
     panels = figure.subplots(1, 3)
-    draw_cycle(panels[0], paths)
-    draw_trajectories(panels[1], runs)
-    draw_alignment(panels[2], runs)
+    draw_cycle(panels[0], results.cycles)
+    draw_trajectories(panels[1], results.runs)
+    draw_alignment(panels[2], results.runs)
     for axes in panels:
         axes.legend(fontsize=8)
     return figure
 
 
+def restore(results: dict[str, Any]) -> Results:
+    return Results([Run(**run) for run in results["runs"]], results["cycles"])
+
+
+REPRODUCTION = Reproduction("toy_surfaces", restore, tables, check, lambda results: [], plot)
+
+
 def main() -> None:
-    parser = make_parser(__doc__, seeds=5)
-    options = parser.parse_args()
+    options = make_parser(__doc__, seeds=5).parse_args()
     begin, seeds = time.perf_counter(), 1 if options.smoke else options.seeds
     points = starts(seeds)
     longest_first = sorted(SETTINGS, key=lambda method: -SETTINGS[method].steps)
     jobs = [(descend, method, point, seed) for method in longest_first for seed, point in enumerate(points)]
     runs = run_jobs(jobs, "Descending")
-    paths = [descend_quadratic(point) for point in [[0.3, -0.7], *(point[:2] for point in points[1:])]]
-
-    print_runs(runs)
-    print_alignment(runs)
-    claims = check(paths, runs)
-    print_claims(claims)
-    save_picture(plot(paths, runs), options.output, "toy_surfaces")
-    ends = [{"method": run.method, "start": run.path[0], "end": run.end, "tail": run.tail} for run in runs]
-    results = {"surface": ends, "1 - |cos|": alignment_over_time(runs), "quadratic": [path[-1] for path in paths]}
-    save_results(options.output, "toy_surfaces", results, claims, seeds, begin)
+    cycles = [descend_quadratic(point) for point in [[0.3, -0.7], *(point[:2] for point in points[1:])]]
+    publish(REPRODUCTION, Results(runs, cycles), options.output, seeds, begin)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sam_fused
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run_example(script, *arguments, cwd):
+def run_example(script, *arguments, cwd, timeout=300):
     """The finished process. The script sees the package that these tests see, installed or not."""
     paths = [str(Path(sam_fused.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
@@ -19,4 +19,4 @@ def run_example(script, *arguments, cwd):
         "COLUMNS": "100",
     }
     command = [sys.executable, str(EXAMPLES / script), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, encoding="utf-8", timeout=300)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, encoding="utf-8", timeout=timeout)
