@@ -61,12 +61,6 @@ def test_links_to_headings_lead_to_one(page: Path) -> None:
             assert heading in [re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings], (link, heading)
 
 
-def test_the_page_on_choosing_quotes_what_the_reproductions_found() -> None:
-    choosing, papers = (path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "choosing.md", READ[-1]))
-    quoted = re.findall(r"\d+\.\d+ ± \d+\.\d+", choosing)
-    assert len(quoted) > 15 and [figure for figure in quoted if figure not in papers] == []
-
-
 @pytest.mark.parametrize("page", READ, ids=name_of)
 def test_files_named_exist(page: Path) -> None:
     for path in re.findall(r"`((?:docs|sam_fused|examples|benchmarks|csrc|tests)/[\w./-]+\.\w+)`", page.read_text()):

@@ -60,7 +60,9 @@ def make_parser(description: str | None, seeds: int) -> argparse.ArgumentParser:
     """The options that every reproduction has; a script adds its own."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=seeds, help="number of seeds (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the picture and the JSON (default: results/)")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS, help="folder of the picture and the JSON (default: %(default)s)"
+    )
     parser.add_argument("--smoke", action="store_true", help="a shortened form: does it run, and does it look right?")
     return parser
 

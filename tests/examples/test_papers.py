@@ -369,7 +369,7 @@ def test_data_and_nets_are_of_the_size_that_is_written(script):
 
 # ---- the page --------------------------------------------------------------------------------------------------------
 
-PAPERS = EXAMPLES / "papers"
+PAPERS, ROOT = EXAMPLES / "papers", EXAMPLES.parent
 SCRIPTS = ("toy_surfaces", "signal_and_noise", "diagonal_nets", "late_sam", "late_adversarial", "micro_batches")
 
 
@@ -393,25 +393,40 @@ def test_the_recorded_verdicts_are_those_of_the_recorded_numbers(script, name):
     assert (PAPERS / "results" / f"{name}.png").is_file()
 
 
-def test_the_page_is_what_the_recorded_runs_make_of_it(script):
+def test_the_pages_are_what_the_recorded_runs_make_of_them(script):
     """Whatever is changed by hand between the marks, a figure or a verdict, is not what comes out."""
     page = script("page")
     assert page.SCRIPTS == SCRIPTS
-    text = (PAPERS / "README.md").read_text(encoding="utf-8")
-    assert page.with_results(text, PAPERS / "results") == text
+    made = page.pages(PAPERS / "results")
+    assert [path.relative_to(ROOT).as_posix() for path in made] == ["examples/papers/README.md", "docs/choosing.md"]
+    for path, text in made.items():
+        assert path.read_text(encoding="utf-8") == text
 
 
-def test_a_section_replaces_what_stood_there_and_nothing_else(script, monkeypatch):
+def test_an_excerpt_has_the_cells_of_its_tables(script):
+    page, late_sam = script("page"), script("late_sam")
+    record = recorded("late_sam")
+    first, second, _ = late_sam.tables(late_sam.restore(record["results"]))
+    lines = page.excerpt("papers-late", PAPERS / "results").splitlines()
+    row = [cell.strip() for cell in lines[-2].strip("|").split("|")]
+    assert row == [
+        "SAM, last quarter",
+        *(table.rows[2][column] for table in (first, second) for column in (1, 2)),
+        first.rows[2][3],
+    ]
+
+
+def test_a_section_replaces_what_stood_there_and_nothing_else(script):
     page = script("page")
-    monkeypatch.setattr(page, "section", lambda name, results: f"made of {name}")
+    sections = {name: f"made of {name}" for name in SCRIPTS}
     text = (
         "before\n" + "between\n".join(f"<!-- {name}:begin -->\nby hand\n<!-- {name}:end -->\n" for name in SCRIPTS) + "after\n"
     )
-    made = page.with_results(text, PAPERS)
+    made = page.with_results(text, sections)
     assert made.replace("by hand", "") == made and made.count("made of") == made.count("between") + 1 == len(SCRIPTS)
-    assert made.startswith("before\n") and made.endswith("after\n") and page.with_results(made, PAPERS) == made
+    assert made.startswith("before\n") and made.endswith("after\n") and page.with_results(made, sections) == made
     with pytest.raises(ValueError, match="expected one <!-- late_sam:begin -->"):
-        page.with_results(text.replace("<!-- late_sam:begin -->", ""), PAPERS)
+        page.with_results(text.replace("<!-- late_sam:begin -->", ""), sections)
 
 
 def test_a_table_is_the_same_on_the_terminal_and_on_the_page(script, capsys):
