@@ -8,13 +8,11 @@ What the element accesses would give is beside what is measured: on sets that do
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.table import Table
@@ -22,10 +20,8 @@ from torch import Tensor
 
 from benchmarks.baselines import BASES, RHO
 from benchmarks.cases import DEFAULT_SETS, SETS, ParameterSet, make_parameters
-from benchmarks.command import add_common, begin, check_positive, shown_progress
-from benchmarks.machine import describe_machine
+from benchmarks.command import add_common, begin, check_positive, measure_each
 from benchmarks.measure import Gradients, quartiles, rounds_of, runner
-from benchmarks.noise import NoiseGuard
 from benchmarks.report import set_title
 from benchmarks.variants import FUSED_BASE, PhaseDriver
 
@@ -201,27 +197,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    command, options, console = begin(parser(), lambda o: check_positive(o, ("threads", "rounds", "seconds")), arguments)
-    names = ["smoke"] if options.smoke else options.sets
+    begun = begin(parser(), lambda o: check_positive(o, ("threads", "rounds", "seconds")), arguments)
+    options = begun[1]
     rounds, seconds = options.rounds or (1 if options.smoke else 9), options.seconds or 60.0
-    rows: list[AscentRow] = []
-    machine = describe_machine(options.threads)
-    with shown_progress(console, len(names), time.perf_counter()) as progress:
-        for name in names:
-            progress.say(SETS[name].title)
-            rows += measure(SETS[name], options.threads, rounds, seconds, options.seed)
-            progress.pair_done()
-    console.print(show(rows))
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"ascents-{options.threads}threads{'-smoke' if options.smoke else ''}.json"
-    report = {
-        "run": {"command": " ".join(["python -m benchmarks.ascents", *command]), "noise": NoiseGuard().describe()},
-        "machine": machine,
-        "rows": [asdict(row) for row in rows],
-    }
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    console.print(f"results: {path}")
-    return 0
+    titles = {name: SETS[name].title for name in (["smoke"] if options.smoke else options.sets)}
+
+    def measured(name: str) -> list[AscentRow]:
+        return measure(SETS[name], options.threads, rounds, seconds, options.seed)
+
+    return measure_each("ascents", "ascents", begun, titles, measured, show)
 
 
 if __name__ == "__main__":

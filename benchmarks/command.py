@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+from rich.table import Table
 
+from benchmarks.machine import describe_machine
+from benchmarks.noise import NoiseGuard
 from benchmarks.suite import Progress
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -72,3 +78,33 @@ def check_positive(options: argparse.Namespace, names: Iterable[str]) -> None:
         value = getattr(options, name)
         if value is not None and any(number <= 0 for number in (value if isinstance(value, list) else [value])):
             raise ValueError(f"--{name}: expected a number above 0, got {value}")
+
+
+def measure_each(
+    benchmark: str,
+    stem: str,
+    arguments: tuple[list[str], argparse.Namespace, Console],
+    titles: dict[str, str],
+    measure: Callable[[str], list[Any]],
+    show: Callable[[list[Any]], Table],
+    **more: Any,
+) -> int:
+    """A command that measures one thing after another: what `measure` returns for each title's name, as a table and a JSON.
+
+    `arguments` are what `begin` returned; rows are dataclasses; `more` goes into the JSON beside them.
+    """
+    command, options, console = arguments
+    machine, rows = describe_machine(options.threads), []  # the machine as it was found
+    with shown_progress(console, len(titles), time.perf_counter()) as progress:
+        for name, title in titles.items():
+            progress.say(title)
+            rows += measure(name)
+            progress.pair_done()
+    console.print(show(rows))
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"{stem}-{options.threads}threads{'-smoke' if options.smoke else ''}.json"
+    run = {"command": " ".join([f"python -m benchmarks.{benchmark}", *command]), "noise": NoiseGuard().describe()}
+    report = {"run": run, "machine": machine, **more, "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    console.print(f"results: {path}")
+    return 0

@@ -11,12 +11,11 @@ The base is torch's fused SGD, the cheapest, so the ratios are the strictest.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,11 +23,9 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.baselines import BASES, RHO, make_base
-from benchmarks.command import add_common, begin, check_positive, shown_progress
-from benchmarks.machine import describe_machine
+from benchmarks.command import add_common, begin, check_positive, measure_each
 from benchmarks.measure import Pace, quartiles, rounds_of
 from benchmarks.nets import NETS, Net, Task
-from benchmarks.noise import NoiseGuard
 
 # Steps of a run: half a second and more of the base, so that a tick of the noise guard's counters is a small part of it.
 STEPS = {"tiny_mlp": 800, "resnet20": 32, "encoder": 40}
@@ -218,29 +215,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    command, options, console = begin(parser(), lambda o: check_positive(o, ("threads", "rounds", "seconds")), arguments)
-    names = ["tiny_mlp"] if options.smoke else options.nets
+    begun = begin(parser(), lambda o: check_positive(o, ("threads", "rounds", "seconds")), arguments)
+    options = begun[1]
     rounds, seconds = options.rounds or (2 if options.smoke else 11), options.seconds or 300.0
-    rows: list[LateRow] = []
-    machine = describe_machine(options.threads)
-    with shown_progress(console, len(names), time.perf_counter()) as progress:
-        for name in names:
-            progress.say(NETS[name].title)
-            steps = 16 if options.smoke else STEPS[name]
-            rows += measure(NETS[name], steps, options.threads, rounds, seconds, options.seed)
-            progress.pair_done()
-    console.print(show(rows))
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"late-switch-{options.threads}threads{'-smoke' if options.smoke else ''}.json"
-    report = {
-        "run": {"command": " ".join(["python -m benchmarks.late_switch", *command]), "noise": NoiseGuard().describe()},
-        "machine": machine,
-        "goal": GOAL,
-        "rows": [asdict(row) for row in rows],
-    }
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    console.print(f"results: {path}")
-    return 0
+    titles = {name: NETS[name].title for name in (["tiny_mlp"] if options.smoke else options.nets)}
+
+    def measured(name: str) -> list[LateRow]:
+        steps = 16 if options.smoke else STEPS[name]
+        return measure(NETS[name], steps, options.threads, rounds, seconds, options.seed)
+
+    return measure_each("late_switch", "late-switch", begun, titles, measured, show, goal=GOAL)
 
 
 if __name__ == "__main__":
