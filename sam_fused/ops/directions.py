@@ -15,8 +15,12 @@ import torch
 from torch import Tensor
 
 from . import captures
+from .functional import grad_norm
 
 Entry = TypeVar("Entry")
+
+# Elements of a tensor from which on a norm of its own is faster than its part of torch's call in fp64 (measured).
+_LARGE = 2**15
 
 # How the direction of a tensor is scaled. The first two are what the kernels know (``scaling`` in ``schema``).
 PLAIN, ELEMENTWISE, LAYERWISE = 0, 1, 2  # T = 1, |w| + eta, ||w||_F
@@ -33,12 +37,18 @@ class Directions:
         scaling: ``PLAIN``, ``ELEMENTWISE`` or ``LAYERWISE`` for each.
         out: a tensor for each, in the dtype of the arithmetic: the direction.
         scales: the same for each elementwise one: its T.
+        backend: whose norm a layerwise T takes.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], scaling: Sequence[int], out: Sequence[Tensor], scales: Sequence[Tensor]
+        self,
+        params: Sequence[Tensor],
+        scaling: Sequence[int],
+        out: Sequence[Tensor],
+        scales: Sequence[Tensor],
+        backend: str | None = None,
     ) -> None:
-        self._params, self._out, self._scales = list(params), list(out), list(scales)
+        self._params, self._out, self._scales, self._backend = list(params), list(out), list(scales), backend
         self._elementwise = [index for index, kind in enumerate(scaling) if kind == ELEMENTWISE]
         self._layerwise = [index for index, kind in enumerate(scaling) if kind == LAYERWISE]
         self._lengths: list[Tensor] = []
@@ -65,12 +75,23 @@ class Directions:
             torch._foreach_abs_(self._scales)
             torch._foreach_add_(self._scales, _at(etas, self._elementwise))
         if self._layerwise:
-            # In fp64, where there is one: squares of fp32 and of halves leave their own range.
-            wide = torch.float32 if out[0].device.type == "mps" else torch.float64
-            lengths = torch._foreach_norm(_at(self._params, self._layerwise), 2, dtype=wide)
+            lengths = self._norms(_at(self._params, self._layerwise))
             self._lengths = [length.to(own.dtype) for length, own in zip(lengths, _at(out, self._layerwise), strict=True)]
         self._scale()
         return out
+
+    def _norms(self, weights: list[Tensor]) -> list[Tensor]:
+        """Each one's own, summed in fp64 by one call: squares of fp32 and of halves leave their range. On a CPU that call takes
+        several times as long per element as our own norm, whose own cost is a call per tensor: the large ones are worth it."""
+        device = weights[0].device.type
+        large = [device == "cpu" and weight.numel() >= _LARGE for weight in weights]
+        small = [weight for weight, own in zip(weights, large, strict=True) if not own]
+        wide = torch.float32 if device == "mps" else torch.float64
+        together = iter(torch._foreach_norm(small, 2, dtype=wide) if small else ())
+        return [
+            grad_norm([weight], backend=self._backend)[0] if own else next(together)
+            for weight, own in zip(weights, large, strict=True)
+        ]
 
     @torch.no_grad()
     def finish(self, signs: bool) -> None:

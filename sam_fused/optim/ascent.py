@@ -337,13 +337,13 @@ class Ascent:
                     scaling=[] if written else kinds,
                     grad_dtypes=[arithmetic_dtype(p.dtype) for p in members] if written else (),
                 )
-                directions = self._direct(members, kinds) if written else None
+                directions = self._direct(members, kinds, backend) if written else None
                 parts.append(Part(tensors, chosen, len(params), directions))
         return parts
 
-    def _direct(self, members: list[Tensor], kinds: list[int]) -> Directions:
+    def _direct(self, members: list[Tensor], kinds: list[int], backend: str) -> Directions:
         elementwise = [param for param, kind in zip(members, kinds, strict=True) if kind == ELEMENTWISE]
-        return Directions(members, kinds, self._directions.views(members), self._scales.views(elementwise))
+        return Directions(members, kinds, self._directions.views(members), self._scales.views(elementwise), backend)
 
     @property
     def buffer_bytes(self) -> int:

@@ -210,6 +210,20 @@ def test_layerwise_lengths_are_as_exact_as_their_tensor(backend):
     assert moved_by(optimizer)[1].tolist() == pytest.approx([e, -e], abs=1e-15)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [1e-25, 0.5, 1e25])
+def test_layerwise_lengths_of_any_size_and_range(backend, dtype, value):
+    """Large tensors and small ones take their norms in different ways, and squares of 1e25 are no fp32."""
+    params = [torch.nn.Parameter(torch.full((size,), value, dtype=dtype)) for size in (40_000, 9, 2**15, 2**15 - 1)]
+    optimizer = SAM(params, SGD, lr=0.1, rho=0.5, p=math.inf, adaptive="layerwise", backend=backend)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    held = params[0].detach()[0].double().item()
+    for param, e in zip(params, moved_by(optimizer), strict=True):
+        expected = held + 0.5 * held * math.sqrt(param.numel())
+        torch.testing.assert_close(e + held, torch.full_like(e, expected), rtol=max(2e-6, ULPS[dtype]), atol=0)
+
+
 @variants
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda task: pickle.loads(pickle.dumps(task))], ids=["deepcopy", "pickle"])
 def test_copies_perturb_alike(options, copied):
