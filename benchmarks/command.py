@@ -47,14 +47,15 @@ def shown_progress(console: Console, total: int, started: float) -> Iterator[Pro
         yield Progress(say=say, pair_done=lambda: bar.update(task, advance=1))
 
 
-def add_common(made: argparse.ArgumentParser, rounds: str, seconds: str) -> None:
-    """The arguments that both throughput benchmarks take; `rounds` and `seconds` describe their defaults."""
+def add_common(made: argparse.ArgumentParser, rounds: str, seconds: str, plots: bool = False) -> None:
+    """The arguments that every benchmark takes; `rounds` and `seconds` describe their defaults."""
     made.add_argument("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
-    made.add_argument("--rounds", type=int, help=f"rounds to keep per pair (default: {rounds})")
-    made.add_argument("--seconds", type=float, help=f"budget for timing the pairs (default: {seconds})")
+    made.add_argument("--rounds", type=int, help=f"rounds to keep (default: {rounds})")
+    made.add_argument("--seconds", type=float, help=f"budget for timing (default: {seconds})")
     made.add_argument("--smoke", action="store_true", help="a few seconds on one small set: does everything run?")
     made.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the files go")
-    made.add_argument("--no-plot", action="store_true", help="write no picture")
+    if plots:
+        made.add_argument("--no-plot", action="store_true", help="write no picture")
     made.add_argument("--seed", type=int, default=0, help="of the random weights and gradients (default: %(default)s)")
 
 

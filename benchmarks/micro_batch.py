@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--brief", action="store_true", help=f"{BRIEF_COUNTS[0]} micro-batches, baselines and networks: what `make bench` runs"
     )
-    add_common(made, rounds="7; with --brief 5", seconds="300; with --brief 30")
+    add_common(made, rounds="7; with --brief 5", seconds="300; with --brief 30", plots=True)
     return made
 
 

@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--variants", nargs="+", choices=names, metavar="NAME", help=variants_help)
     made.add_argument("--nets", nargs="*", choices=list(NETS), help="end-to-end networks; none with an empty list")
     made.add_argument("--full", action="store_true", help="every set, base, variant, form and network")
-    add_common(made, rounds="7", seconds="110; with --full 900")
+    add_common(made, rounds="7", seconds="110; with --full 900", plots=True)
     return made
 
 

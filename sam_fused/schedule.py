@@ -179,7 +179,7 @@ class RhoScheduler:
         before, self.position = self.position, position
         try:
             self._apply()
-        except ValueError:
+        except BaseException:  # the function is the caller's
             self.position = before
             raise
 
@@ -232,7 +232,7 @@ class RhoScheduler:
         before, self.base_rhos = self.base_rhos, rhos
         try:
             self._go_to(position)
-        except ValueError:
+        except BaseException:
             self.base_rhos = before
             raise
 
@@ -265,10 +265,16 @@ class _ProportionalToLR(RhoScheduler):
         return {**super().state_dict(), "base_lrs": list(self.base_lrs)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        before, self.base_lrs = self.base_lrs, _saved_numbers(state_dict, "base_lrs")
+        lrs, rhos = _saved_numbers(state_dict, "base_lrs"), _saved_numbers(state_dict, "base_rhos")
+        if len(lrs) != len(rhos) or not all(lrs):
+            raise ValueError(
+                f"RhoScheduler: expected a base_lrs above 0 for each of {len(rhos)} groups, got {lrs}: load what its own "
+                "state_dict() returned."
+            )
+        before, self.base_lrs = self.base_lrs, lrs
         try:
             super().load_state_dict(state_dict)
-        except ValueError:
+        except BaseException:
             self.base_lrs = before
             raise
 
@@ -323,8 +329,8 @@ def _saved_position(state_dict: Any, name: str) -> int:
     return position
 
 
-def _saved_numbers(state_dict: dict[str, Any], key: str) -> list[float]:
-    numbers = state_dict.get(key)
+def _saved_numbers(state_dict: Any, key: str) -> list[float]:
+    numbers = state_dict.get(key) if isinstance(state_dict, dict) else None
     if not isinstance(numbers, list) or not all(isinstance(n, float) and math.isfinite(n) and n >= 0 for n in numbers):
         raise ValueError(
             f"RhoScheduler: expected the state_dict of one, with {key}, numbers >= 0, got {numbers!r} for them: load what its "

@@ -212,6 +212,25 @@ def test_rho_schedules_that_mean_nothing(attempt, word):
     assert_one_sentence(raised.value, word)
 
 
+def test_a_function_that_fails_leaves_everything_as_it_was():
+    scheduler = RhoScheduler(make(rho=0.5), lambda t: [1.0, 0.5][t])
+    scheduler.step()
+    for _ in range(2):
+        with pytest.raises(IndexError):
+            scheduler.step()
+        assert scheduler.position == 1 and scheduler.optimizer.param_groups[0]["rho"] == 0.25
+
+
+@pytest.mark.parametrize("lrs", [[0.0], [], [0.1, 0.1], None])
+def test_learning_rates_that_cannot_be_divided_by_are_refused(lrs):
+    scheduler = RhoScheduler.proportional_to_lr(make(rho=0.5))
+    before = scheduler.state_dict()
+    with pytest.raises(ValueError) as raised:
+        scheduler.load_state_dict({"position": 1, "base_rhos": [0.05], "base_lrs": lrs})
+    assert_one_sentence(raised.value, "base_lrs")
+    assert scheduler.state_dict() == before and scheduler.optimizer.param_groups[0]["rho"] == 0.5
+
+
 def test_a_factor_that_is_no_function_is_refused():
     with pytest.raises(TypeError) as raised:
         RhoScheduler(make(), 0.5)

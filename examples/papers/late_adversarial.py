@@ -1,4 +1,4 @@
-"""Adversarial training over the last epochs alone does most of what it does all along [arXiv 2410.10373, section 6].
+"""Adversarial training over the last epochs alone does most of what it does all along [arXiv 2410.10373].
 
     python examples/papers/late_adversarial.py
 

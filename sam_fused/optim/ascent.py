@@ -162,17 +162,22 @@ class Ascent:
             return
         hyper = self._update_hyper(param_groups, capturable)
         picked = [part.direction(grads, own_groups, inv_scale) for part in self.parts]
-        norm = self._norm(picked)
+        # A norm has the gradients' scale, which the perturbation divides by again. What was written out is without it already:
+        # then, and where nothing is divided by, what the kernels form has to be without it as well.
+        unscaled = inv_scale is not None and (not control.normalize or any(part.directions for part in self.parts))
+        inverses = [
+            inv_scale.to(part.device) if inv_scale is not None and unscaled and not part.directions else None
+            for part in self.parts
+        ]
+        norm = self._norm(picked, inverses)
         if control.p != 2 or not control.normalize:
             norm = one_where_it_moves(norm)
         for part in self.parts:
             part.finish_direction(control.p != 2)
         tables = [hyper.on(part.device, compiled=backends.is_compiled(part.tensors.backend)) for part in self.parts]
         try:
-            for part, chosen, table in zip(self.parts, picked, tables, strict=True):
+            for part, chosen, table, inverse in zip(self.parts, picked, tables, inverses, strict=True):
                 here = norm if norm.device == part.device else norm.to(part.device)
-                # What was written out is without the scale already, and a norm has the gradients' scale.
-                inverse = None if control.normalize or inv_scale is None or part.directions else inv_scale.to(part.device)
                 exists = same_step and part.backups_are_good()
                 part.tensors.perturb_(chosen, here, table, inv_scale=inverse, backup_exists=exists)
             if control.track_perturbation:
@@ -220,7 +225,7 @@ class Ascent:
         self._check_groups(param_groups)
         self._update_hyper(param_groups, True).refresh()
 
-    def _norm(self, picked: list[Gradients]) -> Tensor:
+    def _norm(self, picked: list[Gradients], inverses: list[Tensor | None]) -> Tensor:
         """One norm over all parts; counts, where it is, that it is not finite."""
         device = self.parts[0].device
         overflows = self._control.overflows
@@ -228,8 +233,13 @@ class Ascent:
             before = 0 if overflows is None else int(overflows)
             overflows = self._control.overflows = torch.full((), before, dtype=torch.int64, device=device)
         if len(self.parts) == 1:
-            return self.parts[0].tensors.grad_norm(picked[0], overflows=overflows)[0]
-        norm = combined_norm([part.tensors.grad_norm(chosen)[0] for part, chosen in zip(self.parts, picked, strict=True)])
+            return self.parts[0].tensors.grad_norm(picked[0], inv_scale=inverses[0], overflows=overflows)[0]
+        norm = combined_norm(
+            [
+                part.tensors.grad_norm(chosen, inv_scale=inverse)[0]
+                for part, chosen, inverse in zip(self.parts, picked, inverses, strict=True)
+            ]
+        )
         count_not_finite_(norm, overflows)
         return norm
 

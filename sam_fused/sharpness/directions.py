@@ -41,7 +41,7 @@ def filter_normalized(surface: LossSurface, direction: Tensor, *, vectors: str =
 
     A filter is what makes one output: a slice of the first dimension, in a linear layer a row. So scaled, a step of 1 along the
     direction is as large for every filter as the filter is, and plots of nets whose weights differ in scale can be compared.
-    What the direction was else it is no longer: scaled eigenvectors are none, nor orthogonal.
+    It loses its other properties: scaled eigenvectors are no longer eigenvectors, nor orthogonal.
 
     Args:
         surface: whose weights w scale it.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-FORMAT = 2
+FORMAT = 1
 
 Result = TypeVar("Result")
 

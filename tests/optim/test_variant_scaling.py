@@ -50,6 +50,33 @@ def test_a_loss_scale_that_is_told_changes_nothing(backend, options, by):
     assert_same_bits(snapshot(task.params), expected)
 
 
+TWO_KINDS = {
+    "eta": ({"adaptive": "all", "eta": 0.3}, {}),
+    "layerwise": ({}, {"adaptive": "layerwise"}),
+    "decay": ({"weight_decay": 0.4}, {"weight_decay": 0.0}),
+}
+
+
+@pytest.mark.parametrize("by", ["perturbed", "first_step", "micro_batch"])
+@pytest.mark.parametrize("kinds", TWO_KINDS.values(), ids=TWO_KINDS.keys())
+def test_a_loss_scale_that_is_told_changes_nothing_of_two_kinds_of_groups(backend, kinds, by):
+    """A direction that is written out beside one that the kernels form: one norm, with or without the scale, of both."""
+
+    def groups(task):
+        named = list(task.model.named_parameters())
+        return [{"params": named[::2], **kinds[0]}, {"params": named[1::2], **kinds[1]}]
+
+    options = {"lr": 0.1, "rho": 0.2, "perturb_eps": 0.0, "weight_decay_in_ascent": True, "backend": backend}
+    plain, task = Regression(torch.float32), Regression(torch.float32)
+    expected = SAM(groups(plain), SGD, **options)
+    for _ in range(2):
+        expected.step(plain.evaluate)
+    cls, kwargs = (MicroBatchSAM, {"num_micro_batches": 1}) if by == "micro_batch" else (SAM, {})
+    optimizer = cls(groups(task), SGD, **options, **kwargs)
+    scaled_steps(task, optimizer, torch.amp.GradScaler(default().type, init_scale=65536.0), True, by)
+    torch.testing.assert_close([p.detach() for p in task.params], [p.detach() for p in plain.params], rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("options", NEEDS_SCALE.values(), ids=NEEDS_SCALE.keys())
 def test_a_loss_scale_that_is_not_told_is_refused_where_it_matters(backend, options):
     task = Regression(torch.float32)

@@ -87,7 +87,7 @@ def test_json_there_and_back(report, tmp_path):
     text = report.to_json(path)
     assert SharpnessReport.from_json(text) == report == SharpnessReport.from_json(path) == SharpnessReport.from_json(str(path))
     plain = json.loads(text)
-    assert plain["format"] == 2 and plain["dtype"] == plain["loss_dtype"] == "float64"
+    assert plain["format"] == 1 and plain["dtype"] == plain["loss_dtype"] == "float64"
     assert plain["average"]["samples"] == 4 and len(plain["eigenvalues"]) == 3
 
 
