@@ -110,8 +110,10 @@ def report(runs: list[Run]) -> list[Claim]:
         if start < 1 and len(own):
             when = "all along" if method == ALWAYS else f"in the {method}"
             text = f"attacks {when} cost no accuracy on clean images"
-            below = f"{own.mean():.3f} against {clean.mean():.3f} without attacks, lower {distances(clean, own)}"
-            claims.append(Claim(text, standard_errors_above(clean, own) <= BOUND, below))
+            lower = own.mean() < clean.mean()
+            apart = f"lower {distances(clean, own)}" if lower else f"higher {distances(own, clean)}"
+            margin = f"{own.mean():.3f} against {clean.mean():.3f} without attacks, {apart}"
+            claims.append(Claim(text, standard_errors_above(clean, own) <= BOUND, margin))
     return claims
 
 
