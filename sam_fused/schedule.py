@@ -195,7 +195,8 @@ class RhoScheduler:
                     f"RhoScheduler: expected a finite factor >= 0, got {factor!r} at position {self.position}: mend the "
                     "function."
                 )
-        rhos = [rho * factor for rho, factor in zip(self.base_rhos, factors, strict=True)]
+        # A number of Python's, whatever the function returns: a checkpoint's groups hold no others.
+        rhos = [rho * float(factor) for rho, factor in zip(self.base_rhos, factors, strict=True)]
         groups = list(zip(self.optimizer.param_groups, rhos, strict=False))
         shared: dict[int, float] = {}
         for group, rho in groups:

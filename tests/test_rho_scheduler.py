@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.optim import SGD, lr_scheduler
@@ -210,6 +211,13 @@ def test_rho_schedules_that_mean_nothing(attempt, word):
     with pytest.raises(ValueError) as raised:
         attempt(make())
     assert_one_sentence(raised.value, word)
+
+
+def test_numbers_of_numpys_stay_out_of_checkpoints():
+    """``torch.load(weights_only=True)`` refuses them."""
+    optimizer = make(rho=0.5)
+    RhoScheduler(optimizer, lambda t: np.float64(0.5) ** t).step()
+    assert type(optimizer.param_groups[0]["rho"]) is float and optimizer.param_groups[0]["rho"] == 0.25
 
 
 def test_a_function_that_fails_leaves_everything_as_it_was():

@@ -42,6 +42,7 @@ TWO_AT_A_TIME = ("--numprocesses=2", "--dist=loadgroup")
 # What the optimizer makes of the kernels where its path differs: every variant, alone and over micro-batches.
 VARIANTS = (
     "tests/optim/test_variants.py",
+    "tests/optim/test_variant_edges.py",
     "tests/optim/test_sam_on.py",
     "tests/optim/test_two_losses.py",
     "tests/optim/test_variant_scaling.py",

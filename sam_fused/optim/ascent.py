@@ -134,6 +134,7 @@ class Ascent:
         self._known: dict[Any, list[Part]] = {}
         self._params: list[Tensor] = []
         self.parts: list[Part] = []
+        self.needs_scale = False  # whether the last perturbation depended on the size of the gradients
 
     def perturb(
         self,
@@ -158,6 +159,7 @@ class Ascent:
         self._check_groups(param_groups)
         own_groups = list(map(self.own_group, param_groups))
         self.parts = self._parts(param_groups, params, grads, own_groups)
+        self.needs_scale = bool(self.parts) and (not control.normalize or any(own.perturb and own.decay for own in own_groups))
         if not self.parts:
             return
         hyper = self._update_hyper(param_groups, capturable)
@@ -214,11 +216,6 @@ class Ascent:
             if group.get("maximize"):  # the gradient is of what is maximized, the decay of what is minimized
                 decay = -decay
         return OwnGroup(len(group["params"]), group[names["perturb"]], group[names["adaptive"]], group[names["eta"]], decay)
-
-    def needs_scale(self, param_groups: list[dict[str, Any]]) -> bool:
-        """Whether a perturbation depends on the size of the gradients."""
-        groups_that_move = [own for own in map(self.own_group, param_groups) if own.perturb]
-        return bool(groups_that_move) and (not self._control.normalize or any(own.decay for own in groups_that_move))
 
     def refresh_hyper(self, param_groups: list[dict[str, Any]]) -> None:
         """Hyper-parameters that have changed, into the tables that captured graphs read."""

@@ -20,7 +20,8 @@ from . import batches, groups
 from .accumulation import TOLERANCE, Accumulation
 from .closures import check_callable, detached, evaluate, mean_loss
 from .descent import Final
-from .sam import SAM, grad_of
+from .refusals import grad_of
+from .sam import SAM
 from .state import Control, Move, State
 
 

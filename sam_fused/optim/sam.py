@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, repeat
-from operator import attrgetter, is_not
+from itertools import repeat
+from operator import is_not
 from typing import Any
 
 import torch
@@ -35,10 +35,8 @@ from .arguments import (
 from .closures import Losses, check_callable, detached, evaluate
 from .definitions import scaling_of
 from .descent import Final, is_capturable
+from .refusals import Refusals, grad_of
 from .state import Control, Move, State
-from .wrapper import Wrapper
-
-grad_of = attrgetter("grad")
 
 
 def _has_no_lr(group: dict[str, Any]) -> bool:
@@ -46,7 +44,7 @@ def _has_no_lr(group: dict[str, Any]) -> bool:
     return lr is not None and is_known(lr) and float(number(lr)) == 0
 
 
-class SAM(Wrapper):
+class SAM(Refusals):
     r"""Sharpness-Aware Minimization [2010.01412] around any ``torch.optim`` optimizer.
 
     .. math::
@@ -432,7 +430,7 @@ class SAM(Wrapper):
         capturable = is_capturable(control, base)
         groups = base.param_groups
         self._ascent.perturb(groups, params, grads, capturable=capturable, same_step=same_step, inv_scale=inv_scale)
-        control.scale_unknown |= grad_scale is None and self._ascent.needs_scale(groups)
+        control.scale_unknown |= grad_scale is None and self._ascent.needs_scale
         if control.model is not None:
             if control.statistics is None:
                 control.statistics = RunningStatistics(control.model)
@@ -497,24 +495,9 @@ class SAM(Wrapper):
         self._note_step()
         self._remember_gradients()
 
-    def _warn_of_no_gradients(self, grads: list[Tensor | None]) -> None:
-        """A second pass without backward would train nothing, and say nothing: every parameter is skipped as an unused one."""
-        if not self._control.warned and not any(map(is_not, grads, repeat(None))):
-            self._control.warned = True
-            warnings.warn(
-                "SAM: expected gradients from the second pass, found none on any parameter, so this step changes nothing; call "
-                "backward() at the perturbed weights.",
-                stacklevel=5,
-            )
-
     def _note_step(self) -> None:
         """What an LR scheduler looks for on either optimizer to know that a step was taken."""
         self.base_optimizer._opt_called = self._opt_called = True  # type: ignore[attr-defined]
-
-    def _params(self) -> list[Tensor]:
-        """The parameters of all groups; to be read, not kept: of a single group it is the group's own list."""
-        own = self.base_optimizer.param_groups
-        return own[0]["params"] if len(own) == 1 else list(chain.from_iterable([group["params"] for group in own]))
 
     @not_traced
     def _clear_gradients(self) -> None:
@@ -529,52 +512,3 @@ class SAM(Wrapper):
         """What has changed in the groups since, into the tables that a captured step reads."""
         self._ascent.refresh_hyper(self.base_optimizer.param_groups)
         self._descent.refresh_hyper(self.base_optimizer)
-
-    # ---- refusals ----------------------------------------------------------------------------------------------------
-
-    @not_traced
-    def _refuse_scaled_closure(self) -> None:
-        if "found_inf" in self.__dict__:
-            raise RuntimeError(
-                "step(closure): expected gradients without a loss scale, got a closure through GradScaler.step: run the two "
-                f"backward passes by hand, `scaler.scale(loss).backward()`, `with optimizer.{self._BLOCK}: "
-                "scaler.scale(loss_fn()).backward()`, then `scaler.step(optimizer)`."
-            )
-
-    def _refuse_unscaled_too_early(self) -> None:
-        """The scaler says that ``unscale_`` was called, which walks over the parameter groups: when did it?
-
-        Before the second backward it unscaled the first pass's gradients, and the second's would be applied with their scale
-        on. (Tensors' version counters do not tell: the scaler's kernel leaves them alone.)
-        """
-        if self._control.state is not State.CLEAN and not self._control.gradients.were_read:
-            raise RuntimeError(
-                "step(): expected the second pass's gradients to be unscaled, got scaler.unscale_(optimizer) before the second "
-                "backward: call unscale_ (and clip) after it, right before scaler.step(optimizer), or not at all."
-            )
-
-    def _refuse_unknown_scale(self) -> None:
-        if self._control.scale_unknown and self._control.state is not State.CLEAN:
-            raise RuntimeError(
-                "step(): expected a perturbation that knew the loss scale, because with normalize=False or "
-                "weight_decay_in_ascent it depends on the size of the gradients, got a GradScaler and none: pass "
-                "grad_scale=scaler.get_scale() to first_step(), perturbed() or micro_batch(), after restore()."
-            )
-
-    def _refuse_unused_ascent_closure(self, closure: Any, ascent_closure: Any, first_pass_done: bool) -> None:
-        if ascent_closure is not None and (closure is None or first_pass_done or self._control.state is State.READY):
-            raise RuntimeError(
-                "step(closure, ascent_closure=...): expected both passes to be run by step, got "
-                f"{'no closure for the second one' if closure is None else 'a first pass that is done'}: leave ascent_closure "
-                "out, or pass both and nothing before."
-            )
-
-    @not_traced
-    def _refuse_fresh_gradients(self) -> None:
-        fresh = self._control.gradients.fresh(list(map(grad_of, self._params())))
-        if not fresh:
-            return
-        raise RuntimeError(
-            "step(closure): expected no gradients but those of the previous step, because the first pass clears them, got "
-            f"{len(fresh)} fresh ones: call zero_grad() to drop them, or {self._KEEPING_GRADIENTS}."
-        )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from . import checkpoints, groups
@@ -53,6 +55,11 @@ class Wrapper(Optimizer):
     @state.setter
     def state(self, value: Any) -> None:
         self.base_optimizer.state = value
+
+    def _params(self) -> list[Tensor]:
+        """The parameters of all groups; to be read, not kept: of a single group it is the group's own list."""
+        own = self.base_optimizer.param_groups
+        return own[0]["params"] if len(own) == 1 else list(chain.from_iterable([group["params"] for group in own]))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears all gradients, in every state."""

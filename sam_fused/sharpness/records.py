@@ -5,12 +5,41 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 FORMAT = 1
 
 Result = TypeVar("Result")
+Kept = TypeVar("Kept", bound="Record")
+
+
+class Record:
+    """A dataclass of results that is kept as JSON: what it is called there, and how it is made of its content again."""
+
+    KIND: ClassVar[str]
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """As JSON, which is also written to ``path`` if there is one. Numbers keep their bits; inf and NaN, which JSON does not
+        know, are written as strings."""
+        return write(self.KIND, asdict(self), path)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_json(cls: type[Kept], source: str | Path) -> Kept:
+        """What ``to_json`` gave, again: from the text, or from a path to it.
+
+        Raises:
+            OSError: there is no such file.
+            TypeError: neither a text nor a path.
+            ValueError: it is something else.
+        """
+        return read(cls.KIND, source, cls._of)
+
+    @classmethod
+    def _of(cls: type[Kept], content: dict[str, Any]) -> Kept:
+        """From the JSON's content; any error says that it is something else."""
+        raise NotImplementedError
 
 
 def write(kind: str, content: Mapping[str, Any], path: str | Path | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .surface import LossSurface
 
 
 @dataclass(frozen=True)
-class SharpnessReport:
+class SharpnessReport(records.Record):
     """What ``measure`` found.
 
     Attributes:
@@ -45,6 +45,8 @@ class SharpnessReport:
             is zero), ``"random"`` (filter-normalised; absent where that is zero).
         passes: over the data, that it took.
     """
+
+    KIND = "sharpness report"
 
     parameters: int
     dtype: str
@@ -117,23 +119,6 @@ class SharpnessReport:
         """The numbers, as plain text."""
         print(self)
 
-    def to_json(self, path: str | Path | None = None) -> str:
-        """The report as JSON, which is also written to ``path`` if there is one. Numbers keep their bits.
-
-        JSON knows no inf and no NaN: they are written as strings.
-        """
-        return records.write("sharpness report", asdict(self), path)
-
-    @classmethod
-    def from_json(cls, source: str | Path) -> SharpnessReport:
-        """A report from what ``to_json`` gave: the text, or a path to it.
-
-        Raises:
-            OSError: there is no such file.
-            ValueError: it is something else.
-        """
-        return records.read("sharpness report", source, cls._of)
-
     @classmethod
     def _of(cls, content: dict[str, Any]) -> SharpnessReport:
         for name in ("loss", "gradient_norm", "worst", "ascent", "rho", "samples", "alignment"):
@@ -142,7 +127,7 @@ class SharpnessReport:
             estimate = content[name]
             content[name] = Estimate(float(estimate["mean"]), float(estimate["standard_error"]), estimate["samples"])
         content["eigenvalues"] = records.floats(content["eigenvalues"])
-        content["lines"] = {name: Line._checked(**line) for name, line in content["lines"].items()}
+        content["lines"] = {name: Line._of(line) for name, line in content["lines"].items()}
         return cls(**content)
 
     def plot(self, path: str | Path) -> Path:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import records
 
@@ -12,7 +13,7 @@ PLANES = ("random", "eigenvectors", "given")
 
 
 @dataclass(frozen=True)
-class Line:
+class Line(records.Record):
     """Losses along a line. Where the loss overflowed they are inf or NaN.
 
     Attributes:
@@ -26,29 +27,19 @@ class Line:
         True
     """
 
+    KIND = "line"
+
     positions: tuple[float, ...]
     losses: tuple[float, ...]
     kind: str = "along"
 
-    def to_json(self, path: str | Path | None = None) -> str:
-        """The line as JSON, which is also written to ``path`` if there is one; inf and NaN as strings."""
-        return records.write("line", asdict(self), path)
-
     @classmethod
-    def from_json(cls, source: str | Path) -> Line:
-        """A line from what ``to_json`` gave: the text, or a path to it.
-
-        Raises:
-            OSError: there is no such file.
-            ValueError: it is something else.
-        """
-        return records.read("line", source, lambda content: cls._checked(**content))
-
-    @classmethod
-    def _checked(cls, positions: list[object], losses: list[object], kind: str) -> Line:
-        if len(positions) != len(losses) or kind not in LINES:
-            raise ValueError(kind)
-        return cls(records.floats(positions), records.floats(losses), kind)
+    def _of(cls, content: dict[str, Any]) -> Line:
+        positions, losses = (records.floats(content.pop(name)) for name in ("positions", "losses"))
+        line = cls(positions, losses, content.pop("kind"), **content)  # what is left over is refused
+        if len(line.positions) != len(line.losses) or line.kind not in LINES:
+            raise ValueError(line.kind)
+        return line
 
     def plot(self, path: str | Path) -> Path:
         """The loss by position as a picture, in the format of the path's suffix, PNG without one. Needs matplotlib.
@@ -62,7 +53,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Plane:
+class Plane(records.Record):
     """Losses over a plane. Where the loss overflowed they are inf or NaN.
 
     Attributes:
@@ -79,6 +70,8 @@ class Plane:
         True
     """
 
+    KIND = "plane"
+
     first: tuple[float, ...]
     second: tuple[float, ...]
     losses: tuple[tuple[float, ...], ...]
@@ -86,35 +79,15 @@ class Plane:
     filter_normalized: bool = False
     eigenvalues: tuple[float, ...] = ()
 
-    def to_json(self, path: str | Path | None = None) -> str:
-        """The plane as JSON, which is also written to ``path`` if there is one; inf and NaN as strings."""
-        return records.write("plane", asdict(self), path)
-
     @classmethod
-    def from_json(cls, source: str | Path) -> Plane:
-        """A plane from what ``to_json`` gave: the text, or a path to it.
-
-        Raises:
-            OSError: there is no such file.
-            ValueError: it is something else.
-        """
-        return records.read("plane", source, lambda content: cls._checked(**content))
-
-    @classmethod
-    def _checked(
-        cls,
-        first: list[object],
-        second: list[object],
-        losses: list[list[object]],
-        kind: str,
-        filter_normalized: bool,
-        eigenvalues: list[object],
-    ) -> Plane:
-        if [len(row) for row in losses] != [len(second)] * len(first) or kind not in PLANES:
-            raise ValueError(kind)
-        rows = tuple(map(records.floats, losses))
-        ticks = records.floats(first), records.floats(second)
-        return cls(*ticks, rows, kind, bool(filter_normalized), records.floats(eigenvalues))
+    def _of(cls, content: dict[str, Any]) -> Plane:
+        rows = tuple(map(records.floats, content.pop("losses")))
+        first, second, eigenvalues = (records.floats(content.pop(name)) for name in ("first", "second", "eigenvalues"))
+        kind, filter_normalized = content.pop("kind"), bool(content.pop("filter_normalized"))
+        plane = cls(first, second, rows, kind, filter_normalized, eigenvalues, **content)
+        if [len(row) for row in rows] != [len(second)] * len(first) or plane.kind not in PLANES:
+            raise ValueError(plane.kind)
+        return plane
 
     def plot(self, path: str | Path) -> Path:
         """Contours as a picture, in the format of the path's suffix, PNG without one. Needs matplotlib.

@@ -9,9 +9,12 @@ from torch.optim import SGD
 from sam_fused import SAM
 from tests.optim.helpers import (
     Regression,
+    backward_of,
     snapshot,
     take_step,
 )
+
+ABS = 1e-11
 
 # Each with what it is called in ``test_against_the_definition``.
 VARIANTS = {
@@ -60,3 +63,19 @@ def trained(backend, form="closure", steps=3, dtype=torch.float32, cls=SAM, base
     for _ in range(steps):
         take_step(optimizer, form, task.evaluate)
     return snapshot(task.params)
+
+
+def two_steps(named, curvatures, backend, form, **options):
+    """The weights after one and after two steps of lr 0.1 and rho 0.5 (unless said) on 1/2 sum a w^2."""
+    params = [param for _, param in named]
+    optimizer = SAM(named, SGD, **{"lr": 0.1, "rho": 0.5, **options}, backend=backend)
+    curvatures = [torch.as_tensor(a, dtype=torch.float64) for a in curvatures]
+
+    def loss():
+        return sum(0.5 * (a * w * w).sum() for a, w in zip(curvatures, params, strict=True))
+
+    seen = []
+    for _ in range(2):
+        take_step(optimizer, form, backward_of(loss))
+        seen.append([value for param in params for value in param.flatten().tolist()])
+    return seen
